@@ -1,0 +1,34 @@
+"""cityseg_hf: semantic segmentation of street scenes on Cityscapes, in the manner of Accelerate and Transformers.
+
+Importing it registers UNet and FCNResNet with transformers' Auto classes.
+"""
+
+from cityseg_hf import labels
+from cityseg_hf.data.cityscapes import load_cityscapes
+from cityseg_hf.data.synthetic import make_synthetic
+from cityseg_hf.errors import UserError
+from cityseg_hf.metrics import SegmentationCounts
+from cityseg_hf.models import (
+    PRESETS,
+    FCNResNetConfig,
+    FCNResNetForSemanticSegmentation,
+    UNetConfig,
+    UNetForSemanticSegmentation,
+    build_model,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "FCNResNetConfig",
+    "FCNResNetForSemanticSegmentation",
+    "SegmentationCounts",
+    "UNetConfig",
+    "UNetForSemanticSegmentation",
+    "UserError",
+    "build_model",
+    "labels",
+    "load_cityscapes",
+    "make_synthetic",
+]

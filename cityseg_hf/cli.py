@@ -1,0 +1,144 @@
+"""The door of every script: flags from the configuration classes, defaults from recipes and YAML, exit statuses."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from cityseg_hf.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from cityseg_hf.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
+from cityseg_hf.recipes import RECIPES
+
+
+class Parser(HfArgumentParser):
+    """Makes flags of dataclass fields, and one line of every mistake."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation that works today means something else when a flag is added tomorrow.
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized arguments") and unknown[0].startswith("-"):
+            message = f"unknown flag {unknown[0]}{did_you_mean(unknown[0], self._option_string_actions)}"
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """``; did you mean X?`` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def train_parser() -> Parser:
+    """The parser of ``scripts/train.py``."""
+    parser = Parser(
+        (DataConfig, ModelConfig, OptimConfig, TrainConfig, RunConfig),
+        description="Train a semantic-segmentation network on Cityscapes. Run the same command again to go on.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of defaults, by the long names of the flags")
+    parser.add_argument("--recipe", metavar="NAME", help=f"row of the recipe table: {', '.join(RECIPES)}")
+    parser.add_argument("--list_models", action="store_true", help="print the presets and exit")
+    return parser
+
+
+def parse_train_args(argv: Sequence[str], fallback_recipe: Callable[[str | None], str | None]) -> Config:
+    """The configuration of a training run: the recipe's settings, then the YAML file's, then the flags'.
+
+    Args:
+        argv: the words of the command line, without the program's name.
+        fallback_recipe: called with ``-d`` as given (or ``None``); names the recipe to use when none was asked for.
+
+    Raises:
+        UserError: an unknown flag, key, recipe or value.
+    """
+    parser = train_parser()
+    defaults = parser.parse_args(list(argv))
+    words: list[str] = []
+    if defaults.config is not None:
+        config_words = _words(_read_yaml(defaults.config), parser, defaults.config)
+        from_file = _parse(parser, config_words, where=defaults.config)
+        defaults.recipe = defaults.recipe or from_file.recipe
+        defaults.base_dataset_path = defaults.base_dataset_path or from_file.base_dataset_path
+        words = config_words
+    recipe = defaults.recipe or fallback_recipe(defaults.base_dataset_path)
+    if recipe is not None:
+        if recipe not in RECIPES:
+            raise UserError(
+                f"unknown --recipe {recipe!r}{did_you_mean(recipe, RECIPES)}; choose from {', '.join(RECIPES)}"
+            )
+        settings = RECIPES[recipe].settings
+        words = _words(_without_clash(settings, [*words, *argv]), parser, recipe) + words
+    # Later words win, so what the user typed overrides the file, and the file the recipe.
+    parts = parser.parse_args_into_dataclasses([*words, *argv], look_for_args_file=False)
+    return Config(*parts[:5])
+
+
+def _without_clash(settings: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Drops a recipe's schedule where the user asked for another way of decay: one of -g and --schedule."""
+    given = {word.split("=")[0] for word in words}
+    if given & {"--schedule"}:
+        return {name: value for name, value in settings.items() if name not in ("gamma", "schedule")}
+    if given & {"-g", "--gamma"}:
+        return {name: value for name, value in settings.items() if name != "schedule"}
+    return settings
+
+
+def _parse(parser: Parser, words: list[str], where: str) -> argparse.Namespace:
+    try:
+        return parser.parse_args(words)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold lines of 'flag: value'")
+    return content
+
+
+def _words(settings: Mapping[str, Any], parser: Parser, where: str) -> list[str]:
+    """Writes settings as the words of a command line, so that one parser checks them all."""
+    flags = {action.dest for action in parser._actions} - {"help", "config", "list_models"}
+    words: list[str] = []
+    for name, value in settings.items():
+        if name not in flags:
+            # `model: segformer_small` in a file means what --model means on the line.
+            action = parser._option_string_actions.get(f"--{name}")
+            if action is None or action.dest not in flags:
+                raise UserError(f"{where}: unknown setting {name!r}{did_you_mean(str(name), flags)}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
+    return words
+
+
+def exit_with(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Runs a script's ``main`` and turns what it raises into the statuses of ``cityseg_hf.errors``."""
+    try:
+        status = main(sys.argv[1:]) or 0
+    except UserError as error:
+        # Every process of a launch meets the same mistake; one of them says it.
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        status = EXIT_USER_ERROR
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        status = EXIT_STOPPED
+    sys.stdout.flush()
+    sys.exit(status)

@@ -1,0 +1,205 @@
+"""Rows -> samples -> batches, in an order and with an augmentation that depend on nothing but (seed, epoch, index)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cityseg_hf.data.cityscapes import instance_path, read_instances, read_pair
+from cityseg_hf.data.transforms import Transform
+from cityseg_hf.errors import UserError
+
+
+def random_seed(*key: int) -> int:
+    """A 64-bit seed that is a pure function of its key, e.g. (seed, epoch, sample index)."""
+    low, high = np.random.SeedSequence(key).generate_state(2)
+    return int(low) | int(high) << 32
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Makes torch's CPU generator a pure function of the key within the block, and leaves it as it was."""
+    state = torch.get_rng_state()
+    # Not torch.manual_seed: that would reseed the accelerators too.
+    torch.default_generator.manual_seed(random_seed(*key))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class SegmentationDataset(Dataset):
+    """Samples of a split, by ``(epoch, index)``.
+
+    Args:
+        rows: one split of ``load_cityscapes``.
+        transform: what makes a sample of a decoded pair.
+        seed: the run's seed.
+        instances: also read the ``instanceIds`` maps (``None`` for images that have none).
+    """
+
+    def __init__(self, rows: datasets.Dataset, transform: Transform, *, seed: int = 0, instances: bool = False) -> None:
+        # Paths only: the rows stay encoded, and workers decode.
+        raw = rows.cast_column("image", datasets.Image(decode=False)).cast_column("label", datasets.Image(decode=False))
+        self.image_paths = [image["path"] for image in raw["image"]]
+        self.label_paths = [label["path"] for label in raw["label"]]
+        self.names = list(rows["name"])
+        self.transform, self.seed, self.instances = transform, seed, instances
+
+    def __len__(self) -> int:
+        return len(self.image_paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        try:
+            image, label = read_pair(self.image_paths[index], self.label_paths[index])
+        except UserError as error:
+            # Raised in a worker it would come back wrapped in a traceback: it travels as a sample instead.
+            return {"error": str(error)}
+        with seeded(self.seed, epoch, index):
+            # uint8[H, W, 3] -> uint8[3, H, W]
+            pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
+            pixel_values, train_ids = self.transform(pixels, torch.from_numpy(label))
+        sample = {"pixel_values": pixel_values, "labels": train_ids, "index": index}
+        if self.instances:
+            path = instance_path(self.label_paths[index])
+            sample["instances"] = None if path is None else torch.from_numpy(read_instances(path))
+        return sample
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks samples: ``pixel_values float[B, 3, H, W]``, ``labels long[B, H', W']`` or a list where sizes differ."""
+    error = next((sample["error"] for sample in samples if "error" in sample), None)
+    if error is not None:
+        return {"error": error}
+    batch: dict[str, Any] = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+    train_ids = [sample["labels"] for sample in samples]
+    same_size = len({tuple(label.shape) for label in train_ids}) == 1
+    batch["labels"] = torch.stack(train_ids) if same_size else train_ids
+    batch["index"] = [sample["index"] for sample in samples]
+    if "instances" in samples[0]:
+        batch["instances"] = [sample["instances"] for sample in samples]
+    return batch
+
+
+def raise_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of a loader; a fault of the data that a worker met is raised here, as the one line it is."""
+    for batch in loader:
+        if "error" in batch:
+            raise UserError(batch["error"])
+        yield batch
+
+
+class TrainBatches(Sampler[list[tuple[int, int]]]):
+    """The batches of one process, epoch after epoch.
+
+    The shuffled epoch is cut into global batches first, and each global batch is dealt to the processes: which images
+    make optimiser step t depends on the seed and the global batch alone, not on how many processes share the work.
+    The tail of an epoch that fills no global batch is left out (another one each epoch); a set smaller than one global
+    batch is one short batch.
+
+    Args:
+        length: images in the split.
+        batch_size: images per process and batch.
+        accumulation: batches that make one optimiser step.
+        rank, world: this process and how many there are.
+        seed: the run's seed.
+        first_step, last_step: the optimiser steps to yield, from the start of training.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        first_step: int = 0,
+        last_step: int = 0,
+    ) -> None:
+        if length < world * accumulation:
+            raise UserError(
+                f"{length} training images cannot be shared by {world} processes x {accumulation} accumulated batches: "
+                "use fewer"
+            )
+        self.length, self.seed, self.rank, self.world, self.accumulation = length, seed, rank, world, accumulation
+        self.batch_size = batch_size
+        self.global_batch = min(batch_size * accumulation * world, length)
+        self.steps_per_epoch = length // self.global_batch
+        self.first_step, self.last_step = first_step, last_step
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, []
+        for step in range(self.first_step, self.last_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self.length, self.seed, epoch)
+            start = step % self.steps_per_epoch * self.global_batch
+            chosen = order[start : start + self.global_batch]
+            # Even shares, whatever the remainder: no process is left without an image.
+            for shard in np.array_split(chosen, self.accumulation * self.world)[self.rank :: self.world]:
+                yield [(epoch, int(index)) for index in shard]
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: ``int64[length]``, a permutation."""
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+class EvalBatches(Sampler[list[tuple[int, int]]]):
+    """Every image of a split once: process ``rank`` takes every ``world``-th, nothing is padded or repeated."""
+
+    def __init__(self, length: int, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.indices = range(rank, length, world)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+
+
+def make_loader(dataset: Dataset, batches: Sampler, *, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """A loader whose workers leave the processors to the network: one thread each."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def image_size_of(rows: datasets.Dataset, default: tuple[int, int] = (512, 1024)) -> tuple[int, int]:
+    """``default``, or the size of the split's first image where that has fewer pixels."""
+    width, height = rows[0]["image"].size
+    return (height, width) if height * width < default[0] * default[1] else default
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Moves the tensors of a batch, without waiting."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        return [move(item) for item in value] if isinstance(value, list) else value
+
+    return {name: move(value) for name, value in batch.items()}

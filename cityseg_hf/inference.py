@@ -1,0 +1,74 @@
+"""From an image to train ids at its own resolution."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+
+from cityseg_hf.data.transforms import normalize, resize_image
+from cityseg_hf.errors import UserError
+from cityseg_hf.labels import NUM_CLASSES
+from cityseg_hf.losses import upsample
+
+
+def load_model_folder(source: str | Path) -> tuple[PreTrainedModel, Any]:
+    """A trained network and its image processor, from a model folder or the Hub. Reads safetensors only.
+
+    Raises:
+        UserError: there is no such folder or model, or it was not trained on the 19 classes.
+    """
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(source, use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(source)
+    except Exception as error:  # the libraries raise many kinds for a broken file; all mean the same to the user
+        raise UserError(f"cannot load the model {source}: {' '.join(str(error).split())[:300]}") from None
+    if model.config.num_labels != NUM_CLASSES:
+        raise UserError(
+            f"{source} has {model.config.num_labels} classes, Cityscapes has {NUM_CLASSES}: fine-tune it first"
+        )
+    return model.eval(), processor
+
+
+def processor_size(processor: Any) -> tuple[int, int] | None:
+    """The height and width that an image processor resizes to, or ``None`` where it does not resize."""
+    if not getattr(processor, "do_resize", False):
+        return None
+    size = dict(processor.size)
+    if "height" not in size:
+        raise UserError(f"the image processor resizes by {size}: only a fixed height and width can be evaluated")
+    return size["height"], size["width"]
+
+
+@torch.no_grad()
+def predict_logits(model: PreTrainedModel, pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits of a batch at a given resolution.
+
+    Args:
+        model: in evaluation mode.
+        pixel_values: ``float[B, 3, h, w]``, normalised, on the model's device.
+        size: height and width wanted.
+
+    Returns:
+        ``float32[B, 19, *size]``.
+    """
+    return upsample(model(pixel_values=pixel_values).logits, size)
+
+
+def segment(model: PreTrainedModel, processor: Any, image: np.ndarray) -> np.ndarray:
+    """Segments one image at its own resolution.
+
+    Args:
+        model, processor: as ``load_model_folder`` gives them.
+        image: ``uint8[H, W, 3]``, RGB.
+
+    Returns:
+        ``uint8[H, W]``, train ids 0..18.
+    """
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
+    size = processor_size(processor) or image.shape[:2]
+    pixel_values = normalize(resize_image(pixels, size))[None].to(model.device)
+    logits = predict_logits(model, pixel_values, image.shape[:2])
+    return logits[0].argmax(0).to(torch.uint8).cpu().numpy()

@@ -1,0 +1,56 @@
+"""Losses as sums over pixels, so that the mean over a global batch is exact however it is cut up."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cityseg_hf.labels import IGNORE
+
+
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits ``[B, C, h, w]`` at the labels' resolution: ``float32[B, C, H, W]``, bilinear, corners not aligned."""
+    if logits.shape[-2:] == size:
+        return logits.float()
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the cross-entropy over all pixels that are not void, at the labels' resolution.
+
+    Args:
+        logits: ``float[B, C, h, w]``, any stride.
+        labels: ``long[B, H, W]``, train ids and ``IGNORE``.
+
+    Returns:
+        ``float32`` scalar; 0, with zero gradients, where every pixel is void.
+    """
+    return F.cross_entropy(upsample(logits, labels.shape[-2:]), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def count_valid(labels: Tensor) -> Tensor:
+    """How many pixels count: ``int64`` scalar on the labels' device."""
+    return (labels != IGNORE).sum()
+
+
+class Criterion(nn.Module):
+    """Network and loss in one module.
+
+    This is what Accelerate wraps (data parallelism, autocast), so the network inside stays as it is: validation runs it
+    in its own precision and on shards of unequal length.
+
+    Args:
+        network: anything whose output has ``logits``, and perhaps ``auxiliary_logits``.
+        auxiliary_weight: weight of the loss of the auxiliary logits.
+    """
+
+    def __init__(self, network: nn.Module, auxiliary_weight: float) -> None:
+        super().__init__()
+        self.network, self.auxiliary_weight = network, auxiliary_weight
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """``float[B, 3, H, W]``, ``long[B, H, W]`` -> loss summed over valid pixels, ``logits float[B, 19, h, w]``."""
+        outputs = self.network(pixel_values=pixel_values)
+        loss = cross_entropy_sum(outputs.logits, labels)
+        auxiliary = getattr(outputs, "auxiliary_logits", None)
+        if auxiliary is not None:
+            loss = loss + self.auxiliary_weight * cross_entropy_sum(auxiliary, labels)
+        return loss, outputs.logits.detach()

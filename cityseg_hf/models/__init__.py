@@ -1,0 +1,34 @@
+"""The networks. Importing this makes UNet and FCNResNet known to transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModelForSemanticSegmentation, SegformerConfig
+
+from cityseg_hf.models.configuration_fcn_resnet import FCNResNetConfig
+from cityseg_hf.models.configuration_unet import UNetConfig
+from cityseg_hf.models.modeling_fcn_resnet import FCNResNetForSemanticSegmentation
+from cityseg_hf.models.modeling_segformer import SegformerForSemanticSegmentation
+from cityseg_hf.models.modeling_unet import UNetForSemanticSegmentation
+from cityseg_hf.models.presets import PRESETS, build_model, freeze_batchnorm
+
+# The folded head computes transformers' logits from transformers' weights, in half the time.
+AutoModelForSemanticSegmentation.register(SegformerConfig, SegformerForSemanticSegmentation, exist_ok=True)
+
+for _config, _model in (
+    (UNetConfig, UNetForSemanticSegmentation),
+    (FCNResNetConfig, FCNResNetForSemanticSegmentation),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForSemanticSegmentation.register(_config, _model, exist_ok=True)
+    # Saved folders carry the code, for readers without this package (trust_remote_code=True).
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModelForSemanticSegmentation")
+
+__all__ = [
+    "PRESETS",
+    "FCNResNetConfig",
+    "FCNResNetForSemanticSegmentation",
+    "SegformerForSemanticSegmentation",
+    "UNetConfig",
+    "UNetForSemanticSegmentation",
+    "build_model",
+    "freeze_batchnorm",
+]

@@ -1,0 +1,87 @@
+"""Optimiser, parameter groups and learning-rate schedule, all functions of the optimiser step."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from cityseg_hf.config import OptimConfig, TrainConfig
+
+HEAD_PREFIXES = ("decode_head", "classifier", "aux_classifier", "segmentation_head", "head")
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """Four groups at most: decayed or not, head or body.
+
+    Weight decay is for the weights of convolutions and linear layers. Biases, normalisations and every other vector
+    (temperatures, layer scales) are left alone. The head's rate is multiplied by ``head_lr_multiplier``.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and "position_embeddings" not in name
+            in_head = name.split(".")[0] in HEAD_PREFIXES
+            groups.setdefault((decayed, in_head), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr": config.learning_rate * (config.head_lr_multiplier if in_head else 1.0),
+        }
+        for (decayed, in_head), parameters in groups.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019), optionally AMSGrad (Reddi et al., 2018), or SGD with momentum."""
+    groups = parameter_groups(model, config)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, amsgrad=config.amsgrad)
+
+
+def rate_factor(config: OptimConfig, plan: "Plan") -> Callable[[int], float]:
+    """The schedule: optimiser step (0 is the first) -> factor on the peak learning rate.
+
+    - exponential: ``gamma ** epoch``, once per epoch, as the original meant it.
+    - poly: ``(1 - t) ** power`` (Chen et al., DeepLab, 2017), t from 0 to 1 over the steps after the warm-up.
+    - cosine: ``(1 + cos(pi t)) / 2`` (Loshchilov and Hutter, SGDR, 2017, equation 5).
+
+    poly and cosine end at ``min_lr_ratio``; the warm-up is linear from ``warmup_ratio``.
+    """
+    warmup = config.warmup_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return config.warmup_ratio + (1 - config.warmup_ratio) * step / warmup
+        if config.schedule == "exponential":
+            return config.gamma ** (step // plan.steps_per_epoch)
+        if config.schedule == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, plan.total_steps - warmup))
+        falling = (
+            (1 - progress) ** config.poly_power if config.schedule == "poly" else (1 + math.cos(math.pi * progress)) / 2
+        )
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * falling
+
+    return factor
+
+
+class Plan(NamedTuple):
+    """A run's length in optimiser steps: the one door at which epochs become steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+    validate_every: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, steps_per_epoch: int) -> "Plan":
+        """Converts ``--num_epochs`` (or ``--max_steps``) and ``--val_freq``."""
+        total = config.max_steps or config.num_epochs * steps_per_epoch
+        return cls(steps_per_epoch, total, config.val_freq * steps_per_epoch)
+
+    def validates_at(self, step: int) -> bool:
+        """Every ``val_freq`` epochs, and at the end."""
+        return step % self.validate_every == 0 or step == self.total_steps

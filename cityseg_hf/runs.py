@@ -1,0 +1,132 @@
+"""The run folder: what a run leaves on disk, whatever the trackers do."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import Accelerator
+
+from cityseg_hf.config import Config
+from cityseg_hf.errors import UserError
+
+PACKAGES = ("cityseg_hf", "torch", "torchvision", "accelerate", "transformers", "datasets", "numpy")
+
+
+class RunFolder:
+    """``<save_model_path>/<run name>/``: run.json, metrics.jsonl, results.json, model folders and checkpoints.
+
+    Only the main process writes; every process may read.
+    """
+
+    def __init__(self, path: Path, is_main: bool) -> None:
+        self.path, self.is_main = path, is_main
+
+    def open(self, description: dict[str, Any]) -> None:
+        """Makes the folder and writes ``run.json``, or checks that the run in it is this one.
+
+        Raises:
+            UserError: the folder cannot be written, or holds a run with other settings.
+        """
+        file = self.path / "run.json"
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            for name in ("settings", "data_fingerprint", "num_processes"):
+                _require_same(before.get(name), description.get(name), name, self.path)
+            return
+        if not self.is_main:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(file, description)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; choose another --save_model_path") from None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end and was tested."""
+        return (self.path / "results.json").is_file()
+
+    def log(self, step: int, epoch: float, split: str, scores: dict[str, Any]) -> None:
+        """Appends a line to ``metrics.jsonl``."""
+        if self.is_main:
+            line = json.dumps({"step": step, "epoch": round(epoch, 6), "split": split, **scores})
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of steps that were logged but not saved, when a run goes on from ``step``."""
+        file = self.path / "metrics.jsonl"
+        if self.is_main and file.is_file():
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            replace_file(file, "".join(kept))
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Writes ``results.json``, which also says that the run is finished."""
+        if self.is_main:
+            write_json(self.path / "results.json", results)
+
+
+def _require_same(before: Any, now: Any, name: str, folder: Path) -> None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            _require_same(before.get(key), now.get(key), f"--{key}", folder)
+    elif before != now:
+        raise UserError(f"{folder} holds a run with {name} {before}, this command has {now}: choose another --run_name")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    replace_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes beside and renames, so that a reader, or a crash, meets the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def describe_run(config: Config, accelerator: Accelerator, rows: datasets.DatasetDict) -> dict[str, Any]:
+    """The content of ``run.json``: all that is needed to know what a run was. No secrets: no environment."""
+    settings = config.settings()
+    settings.pop("base_dataset_path")  # where the data lies may change; what it is may not: the fingerprint says
+    return {
+        "settings": json.loads(json.dumps(settings)),
+        "arguments": config.to_dict(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "git_commit": _git_commit(),
+        "data_fingerprint": fingerprint(rows),
+        "images": {split: len(found) for split, found in rows.items()},
+        "device": str(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+    }
+
+
+def fingerprint(rows: datasets.DatasetDict) -> str:
+    """A hash of which images are in which split (names, not pixels)."""
+    names = {split: list(found["name"]) for split, found in rows.items()}
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None

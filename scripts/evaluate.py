@@ -1,0 +1,78 @@
+"""Judges a model folder on a split, as the benchmark does.
+
+python scripts/evaluate.py --model saved_models/RUN/best_miou -d cityscapes_data --split val --output results.json
+"""
+
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+from transformers.utils import logging as transformers_logging
+
+from cityseg_hf import UserError, load_cityscapes
+from cityseg_hf.cli import Parser, exit_with
+from cityseg_hf.data.cityscapes import has_labels
+from cityseg_hf.data.loading import SegmentationDataset, image_size_of
+from cityseg_hf.data.transforms import EvalTransform
+from cityseg_hf.evaluation import evaluate, evaluation_loader
+from cityseg_hf.inference import load_model_folder, processor_size
+from cityseg_hf.labels import CLASS_NAMES
+from cityseg_hf.runs import write_json
+
+
+def parser() -> Parser:
+    flags = Parser(description="Judge a model on a split of Cityscapes.")
+    flags.add_argument("--model", required=True, help="model folder, or model of the Hub")
+    flags.add_argument(
+        "-d", "--base_dataset_path", default="./cityscapes_data", help="root of leftImg8bit/ and gtFine/"
+    )
+    flags.add_argument("--split", default="val", choices=["train", "val", "test"], help="what is judged")
+    flags.add_argument("--output", help="JSON file for the scores")
+    flags.add_argument("--batch_size", "-b", type=int, default=4, help="images at a time")
+    flags.add_argument("--num_workers", type=int, default=2, help="processes that load data")
+    return flags
+
+
+def labelled_rows(root: str, split: str) -> datasets.Dataset:
+    """The rows of a split that can be judged."""
+    rows = load_cityscapes(root)
+    if split not in rows:
+        raise UserError(f"{root} has no images in leftImg8bit/{split}; it has {', '.join(rows)}")
+    if not has_labels(rows[split]):
+        raise UserError(f"the {split} split of {root} has no labels to judge by: only the benchmark server has them")
+    return rows[split]
+
+
+def print_table(scores: dict[str, float | None]) -> None:
+    """Class scores as rows, then the means."""
+    percent = {name: "-" if value is None else f"{100 * value:6.2f}" for name, value in scores.items()}
+    print(f"{'class':<16}{'IoU':>8}{'Dice':>8}{'acc.':>8}{'iIoU':>8}")
+    for name in CLASS_NAMES:
+        columns = (percent.get(f"{kind}/{name}", "-") for kind in ("iou", "dice", "accuracy", "iiou"))
+        print(f"{name:<16}" + "".join(f"{column:>8}" for column in columns))
+    means = ("miou", "dice", "mean_accuracy", "pixel_accuracy", "iiou", "category_iou", "category_iiou")
+    print(", ".join(f"{name} {percent[name].strip()}" for name in means if name in percent))
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, got {args.batch_size}")
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no folder {Path(args.output).resolve().parent}")
+    transformers_logging.disable_progress_bar()
+    state = PartialState()
+    rows = labelled_rows(args.base_dataset_path, args.split)
+    model, processor = load_model_folder(args.model)
+    size = processor_size(processor) or image_size_of(rows, default=(1 << 30, 1 << 30))
+    dataset = SegmentationDataset(rows, EvalTransform(size), instances=True)
+    loader = evaluation_loader(dataset, batch_size=args.batch_size, num_workers=args.num_workers)
+    scores = dict(evaluate(model.to(state.device), loader, title=args.split))
+    if state.is_main_process:
+        print_table(scores)
+        if args.output:
+            write_json(Path(args.output), {args.split: scores})
+
+
+if __name__ == "__main__":
+    exit_with(main)

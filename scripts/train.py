@@ -1,0 +1,109 @@
+"""Trains a network. Run the same command again to go on; a finished run says so.
+
+accelerate launch scripts/train.py --model segformer_small
+"""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers.utils import logging as transformers_logging
+
+from cityseg_hf import PRESETS, build_model, load_cityscapes, make_synthetic
+from cityseg_hf.cli import exit_with, parse_train_args
+from cityseg_hf.config import Config
+from cityseg_hf.data.loading import image_size_of
+from cityseg_hf.errors import UserError
+from cityseg_hf.launch import make_accelerator
+from cityseg_hf.runs import RunFolder, describe_run
+from cityseg_hf.training import Trainer
+
+DEFAULT_ROOT = "./cityscapes_data"
+SYNTHETIC = {"train": 96, "val": 24, "test": 0, "size": (128, 256), "seed": 0}
+
+
+def default_recipe(base_dataset_path: str | None) -> str | None:
+    """The recipe when none was asked for: the small one where the built-in streets are all there is."""
+    return "synthetic" if base_dataset_path is None and not Path(DEFAULT_ROOT).is_dir() else None
+
+
+def data_root(config: Config, accelerator: Accelerator) -> Path:
+    """Where the data lies; makes the built-in streets where no data was named and the default place is empty."""
+    if config.data.base_dataset_path is not None:
+        return Path(config.data.base_dataset_path)
+    if Path(DEFAULT_ROOT).is_dir():
+        return Path(DEFAULT_ROOT)
+    height, width = SYNTHETIC["size"]
+    accelerator.print(
+        f"NO CITYSCAPES at {DEFAULT_ROOT} and no -d given: training on {SYNTHETIC['train']} SYNTHETIC streets of "
+        f"{height}x{width}. The scores say nothing about Cityscapes."
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cityseg_hf"
+    root = cache / f"streets_{SYNTHETIC['train']}_{SYNTHETIC['val']}_{height}x{width}_{SYNTHETIC['seed']}"
+    with accelerator.main_process_first():
+        if not root.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            # Made beside and renamed: an interrupted start leaves no half a data set behind.
+            beside = Path(tempfile.mkdtemp(dir=cache)) / "streets"
+            make_synthetic(beside, **SYNTHETIC)
+            beside.rename(root)
+            beside.parent.rmdir()
+    return root
+
+
+def model_settings(pairs: list[str] | None) -> dict:
+    """``KEY=VALUE`` words -> fields of a network's configuration."""
+    settings = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--model_args takes KEY=VALUE, got {pair!r}")
+        settings[key] = yaml.safe_load(value)
+    return settings
+
+
+def main(argv: list[str]) -> int:
+    if "--list_models" in argv:
+        print("\n".join(PRESETS))
+        return 0
+    config = parse_train_args(argv, default_recipe)
+    transformers_logging.disable_progress_bar()
+    accelerator = make_accelerator(config)
+    root = data_root(config, accelerator)
+    rows = load_cityscapes(root, holdout_cities=config.data.holdout_cities)
+    for split in ("train", "val"):
+        if split not in rows:
+            raise UserError(f"{root} has no images in leftImg8bit/{split}")
+    image_size = tuple(config.data.image_size or image_size_of(rows["train"]))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, image_size=list(image_size), base_dataset_path=str(root)),
+        train=dataclasses.replace(config.train, mixed_precision=accelerator.mixed_precision),
+    )
+    folder = Path(config.run.save_model_path) / config.run_name(accelerator.num_processes)
+    run = RunFolder(folder, accelerator.is_main_process)
+    run.open(describe_run(config, accelerator, rows))
+    accelerator.wait_for_everyone()
+    accelerator.print(f"run folder: {folder}")
+    if run.finished:
+        accelerator.print("this run is finished: see results.json")
+        return 0
+    set_seed(config.train.seed)
+    settings = model_settings(config.model.model_args)
+    model = build_model(config.model.model_type, init_from=config.model.init_from, **settings)
+    results = Trainer(config, accelerator, model, rows, image_size, run).fit()
+    for name, scores in results.items():
+        line = ", ".join(
+            f"{key} {value:.4f}" for key, value in scores.items() if key.count("/") == 1 and value is not None
+        )
+        accelerator.print(f"{name}: {line}")
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

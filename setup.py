@@ -1,0 +1,43 @@
+"""Packaging: what cityseg_hf needs, and what its extras add."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="cityseg_hf",
+    version="0.1.0",
+    description="Train, judge, reload and share semantic-segmentation networks on Cityscapes",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["cityseg_hf", "cityseg_hf.*"]),
+    package_data={"cityseg_hf": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "accelerate>=1.15",
+        "transformers>=5.17",
+        "datasets>=4.0",
+        "evaluate>=0.4.6",
+        "safetensors>=0.5",
+        "wandb>=0.20",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        # cityscapesscripts is the oracle of the scores; the trackers are tested for real.
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "ruff>=0.8",
+            "cityscapesscripts>=2.2",
+            "tensorboard>=2.18",
+            "trackio>=0.5",
+        ],
+        "trackers": ["tensorboard>=2.18", "trackio>=0.5"],
+    },
+)
