@@ -1,9 +1,12 @@
 """Losses as sums over pixels, so that the mean over a global batch is exact however it is cut up."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cityseg_hf.labels import IGNORE
+from cityseg_hf.models.keyed_dropout import key_dropout
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -38,16 +41,19 @@ class Criterion(nn.Module):
     in its own precision and on shards of unequal length.
 
     Args:
-        network: anything whose output has ``logits``, and perhaps ``auxiliary_logits``.
+        network: anything whose output has ``logits``, and perhaps ``auxiliary_logits``. Its dropout is made a function
+            of the sample (``models.keyed_dropout``).
         auxiliary_weight: weight of the loss of the auxiliary logits.
     """
 
     def __init__(self, network: nn.Module, auxiliary_weight: float) -> None:
         super().__init__()
         self.network, self.auxiliary_weight = network, auxiliary_weight
+        self.randomness = key_dropout(network)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """``float[B, 3, H, W]``, ``long[B, H, W]`` -> loss summed over valid pixels, ``logits float[B, 19, h, w]``."""
+    def forward(self, pixel_values: Tensor, labels: Tensor, keys: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """``float[B, 3, H, W]``, ``long[B, H, W]``, B keys -> loss summed over valid pixels, ``logits [B, 19, h, w]``."""
+        self.randomness.begin(keys)
         outputs = self.network(pixel_values=pixel_values)
         loss = cross_entropy_sum(outputs.logits, labels)
         auxiliary = getattr(outputs, "auxiliary_logits", None)

@@ -139,9 +139,10 @@ class Trainer:
         self._set_train_mode()
         with self.reporter.bar(self.progress.step) as bar:
             while self.progress.step < self.plan.total_steps and not self.progress.stopped_early:
+                rate = self.scheduler.get_last_lr()[0]
                 loss = self._step(stream)
                 self.progress.step += 1
-                self.reporter.after_step(self.progress.step, loss, self.scheduler.get_last_lr()[0], bar)
+                self.reporter.after_step(self.progress.step, loss, rate, bar)
                 if self.plan.validates_at(self.progress.step):
                     self._validate()
                     self._save()
@@ -158,7 +159,7 @@ class Trainer:
     def _step(self, stream: Iterator[dict[str, Any]]) -> Tensor:
         """One optimiser step; returns this process's share of the global batch's mean loss."""
         accelerator, train = self.accelerator, self.config.train
-        # Dropout and stochastic depth depend on the step, not on what ran before it.
+        # The masks of dropout belong to the samples. Whatever else a network draws depends on the step and no more.
         torch.manual_seed(random_seed(train.seed, self.progress.step, accelerator.process_index))
         batches = [to_device(batch, accelerator.device) for batch in islice(stream, train.gradient_accumulation_steps)]
         # The mean is over the valid pixels of the whole global batch: a mean of means would weight void unequally.
@@ -168,7 +169,7 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             # Gradients cross processes once a step, with the last batch.
             with nullcontext() if number == len(batches) else accelerator.no_sync(self.criterion):
-                loss, logits = self.criterion(batch["pixel_values"], batch["labels"])
+                loss, logits = self.criterion(batch["pixel_values"], batch["labels"], batch["key"])
                 loss = loss / valid
                 # Data parallelism averages gradients over processes; the division by valid has done so already.
                 accelerator.backward(loss * accelerator.num_processes)

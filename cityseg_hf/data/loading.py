@@ -65,7 +65,7 @@ class SegmentationDataset(Dataset):
             # uint8[H, W, 3] -> uint8[3, H, W]
             pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
             pixel_values, train_ids = self.transform(pixels, torch.from_numpy(label))
-        sample = {"pixel_values": pixel_values, "labels": train_ids, "index": index}
+        sample = {"pixel_values": pixel_values, "labels": train_ids, "key": (self.seed, epoch, index)}
         if self.instances:
             path = instance_path(self.label_paths[index])
             sample["instances"] = None if path is None else torch.from_numpy(read_instances(path))
@@ -81,7 +81,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     train_ids = [sample["labels"] for sample in samples]
     same_size = len({tuple(label.shape) for label in train_ids}) == 1
     batch["labels"] = torch.stack(train_ids) if same_size else train_ids
-    batch["index"] = [sample["index"] for sample in samples]
+    batch["key"] = [sample["key"] for sample in samples]
     if "instances" in samples[0]:
         batch["instances"] = [sample["instances"] for sample in samples]
     return batch

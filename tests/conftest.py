@@ -1,0 +1,60 @@
+"""What the tests share: a small tree of synthetic streets, and scripts called as functions."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+# Before torch and the libraries of Hugging Face are imported: no test reaches the network, and waiting threads sleep.
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from cityseg_hf import make_synthetic
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Cityscapes tree: 12 train, 5 val and 3 test images of 64x128."""
+    root = tmp_path_factory.mktemp("data") / "streets"
+    return make_synthetic(root, train=12, val=5, test=3, size=(64, 128), seed=1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> None:
+    """Accelerate keeps one state per process; every test starts without it, and from the same random numbers."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    torch.manual_seed(0)
+
+
+def load_script(name: str) -> ModuleType:
+    """Imports ``scripts/NAME.py`` as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", REPO / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Runs ``scripts/train.py`` in this process; returns the run folder."""
+
+    def run(*argv: object, name: str = "run") -> Path:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        monkeypatch.chdir(tmp_path)
+        words = [str(word) for word in argv]
+        assert load_script("train").main([*words, "-s", str(tmp_path / "runs"), "--run_name", name]) == 0
+        return tmp_path / "runs" / name
+
+    return run
+
+
+TINY_UNET = ("--model", "unet_small", "--model_args", "norm=group", "hidden_sizes=[8,16]", "--num_workers", "0")
+"""Flags of a network that trains in a blink, the same on any number of processes."""
