@@ -3,6 +3,8 @@
 Importing it registers UNet and FCNResNet with transformers' Auto classes.
 """
 
+from pathlib import Path
+
 from cityseg_hf import labels
 from cityseg_hf.data.cityscapes import load_cityscapes
 from cityseg_hf.data.synthetic import make_synthetic
@@ -19,7 +21,11 @@ from cityseg_hf.models import (
 
 __version__ = "0.1.0"
 
+EVALUATE_METRIC = str(Path(__file__).with_name("cityscapes_scores.py"))
+"""What ``evaluate.load`` takes to load the Cityscapes scores from this package."""
+
 __all__ = [
+    "EVALUATE_METRIC",
     "PRESETS",
     "FCNResNetConfig",
     "FCNResNetForSemanticSegmentation",

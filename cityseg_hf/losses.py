@@ -52,7 +52,7 @@ class Criterion(nn.Module):
         self.randomness = key_dropout(network)
 
     def forward(self, pixel_values: Tensor, labels: Tensor, keys: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """``float[B, 3, H, W]``, ``long[B, H, W]``, B keys -> loss summed over valid pixels, ``logits [B, 19, h, w]``."""
+        """``float[B, 3, H, W]``, ``long[B, H, W]``, B keys -> summed loss, ``logits float[B, 19, h, w]``."""
         self.randomness.begin(keys)
         outputs = self.network(pixel_values=pixel_values)
         loss = cross_entropy_sum(outputs.logits, labels)

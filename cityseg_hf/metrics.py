@@ -113,9 +113,16 @@ class SegmentationCounts:
 
 def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
     """``int64[19, 19]`` of two maps of train ids; pixels whose label is void do not count."""
+    bins = NUM_CLASSES**2
     valid = (labels >= 0) & (labels < NUM_CLASSES)
-    pairs = labels[valid].long() * NUM_CLASSES + predictions[valid].long()
-    return torch.bincount(pairs, minlength=NUM_CLASSES**2).reshape(NUM_CLASSES, NUM_CLASSES)
+    # Void goes into a bin of its own: picking the valid pixels would make the host wait for their number.
+    pairs = torch.where(valid, labels.long() * NUM_CLASSES + predictions.long(), bins).flatten()
+    if pairs.is_cuda:  # bincount waits for the largest value there; sums of integers are exact in any order
+        counts = torch.zeros(bins + 1, dtype=torch.int64, device=pairs.device)
+        counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+    else:
+        counts = torch.bincount(pairs, minlength=bins + 1)
+    return counts[:bins].reshape(NUM_CLASSES, NUM_CLASSES)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> list[float | None]:

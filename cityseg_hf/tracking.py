@@ -94,7 +94,10 @@ class Tracking:
     @_never_fatal
     def finish(self) -> None:
         """Closes the tracker's run."""
-        self.accelerator.end_training()
+        # Not end_training(): that also takes down the process group, on this process alone.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers.clear()
 
 
 def make_panel(pixel_values: Tensor, labels: Tensor, predictions: Tensor) -> np.ndarray:
