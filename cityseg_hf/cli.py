@@ -60,34 +60,36 @@ def parse_train_args(argv: Sequence[str], fallback_recipe: Callable[[str | None]
     """
     parser = train_parser()
     defaults = parser.parse_args(list(argv))
-    words: list[str] = []
+    layers: list[tuple[str, dict[str, Any]]] = []  # where settings come from, lowest first
+    decay = _decay(defaults)
     if defaults.config is not None:
-        config_words = _words(_read_yaml(defaults.config), parser, defaults.config)
-        from_file = _parse(parser, config_words, where=defaults.config)
+        settings = _read_yaml(defaults.config)
+        from_file = _parse(parser, _words(settings, parser, defaults.config), where=defaults.config)
+        layers.append((defaults.config, _without(decay, settings)))
+        decay = decay or _decay(from_file)
         defaults.recipe = defaults.recipe or from_file.recipe
         defaults.base_dataset_path = defaults.base_dataset_path or from_file.base_dataset_path
-        words = config_words
     recipe = defaults.recipe or fallback_recipe(defaults.base_dataset_path)
     if recipe is not None:
         if recipe not in RECIPES:
-            raise UserError(
-                f"unknown --recipe {recipe!r}{did_you_mean(recipe, RECIPES)}; choose from {', '.join(RECIPES)}"
-            )
-        settings = RECIPES[recipe].settings
-        words = _words(_without_clash(settings, [*words, *argv]), parser, recipe) + words
+            near = did_you_mean(recipe, RECIPES)
+            raise UserError(f"unknown --recipe {recipe!r}{near}; choose from {', '.join(RECIPES)}")
+        layers.insert(0, (recipe, _without(decay, RECIPES[recipe].settings)))
     # Later words win, so what the user typed overrides the file, and the file the recipe.
+    words = [word for where, settings in layers for word in _words(settings, parser, where)]
     parts = parser.parse_args_into_dataclasses([*words, *argv], look_for_args_file=False)
     return Config(*parts[:5])
 
 
-def _without_clash(settings: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Drops a recipe's schedule where the user asked for another way of decay: one of -g and --schedule."""
-    given = {word.split("=")[0] for word in words}
-    if given & {"--schedule"}:
-        return {name: value for name, value in settings.items() if name not in ("gamma", "schedule")}
-    if given & {"-g", "--gamma"}:
-        return {name: value for name, value in settings.items() if name != "schedule"}
-    return settings
+def _decay(given: argparse.Namespace) -> str | None:
+    """Which of the two ways to name a decay was given: -g belongs to one schedule, --schedule names any."""
+    return "schedule" if given.schedule is not None else "gamma" if given.gamma is not None else None
+
+
+def _without(decay: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a lower layer without the way of decay that a higher one replaces."""
+    dropped = {"gamma": {"schedule"}, "schedule": {"schedule", "gamma"}}.get(decay, set())
+    return {name: value for name, value in settings.items() if name not in dropped}
 
 
 def _parse(parser: Parser, words: list[str], where: str) -> argparse.Namespace:

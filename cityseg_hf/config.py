@@ -53,8 +53,8 @@ class DataConfig:
     )
     augmentation: str = _flag(
         "none",
-        "none, original (flip, sharpness, colour jitter, blur) or standard (scale 0.5 to 2, crop, flip, photometric "
-        "distortion); the flag alone means original",
+        "none, flip, original (flip, sharpness, colour jitter, blur) or standard (scale 0.5 to 2, crop, flip, "
+        "photometric distortion); the flag alone means original",
         "-a",
         nargs="?",
         const="original",
@@ -71,7 +71,7 @@ class DataConfig:
         object.__setattr__(
             self, "augmentation", names.get(str(self.augmentation).lower(), str(self.augmentation).lower())
         )
-        known = ("none", "original", "standard")
+        known = ("none", "flip", "original", "standard")
         _require(
             self.augmentation in known,
             f"unknown --augmentation {self.augmentation!r}; choose from {', '.join(known)}",
@@ -125,12 +125,20 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.learning_rate is None or self.learning_rate > 0,
-            f"--learning_rate must be above 0, got {self.learning_rate}",
+            self.learning_rate is None or 0 < self.learning_rate < float("inf"),
+            f"--learning_rate must be a number above 0, got {self.learning_rate}",
         )
         _require(self.weight_decay >= 0, f"--weight_decay must not be negative, got {self.weight_decay}")
         _require(self.gamma is None or 0 < self.gamma <= 1, f"--gamma must lie in (0, 1], got {self.gamma}")
         _require(self.warmup_steps >= 0, f"--warmup_steps must not be negative, got {self.warmup_steps}")
+        _require(0 <= self.momentum < 1, f"--momentum must lie in [0, 1), got {self.momentum}")
+        _require(self.poly_power > 0, f"--poly_power must be above 0, got {self.poly_power}")
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            _require(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], got {getattr(self, name)}")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"--max_grad_norm must be above 0, got {self.max_grad_norm}",
+        )
         if self.gamma is not None and self.schedule not in (None, "exponential"):
             raise UserError(f"--gamma belongs to --schedule exponential, not to {self.schedule}: drop one of the two")
         if self.schedule is None:

@@ -91,7 +91,7 @@ class SegmentationCounts:
         for train_id in INSTANCE_CLASSES:
             label = TRAIN_LABELS[train_id]
             chosen = (found > 1000) & (label_ids == label.id)
-            weights = torch.where(chosen, MEAN_INSTANCE_SIZE[label.name] / sizes, 0.0).to(self.instances.dtype)
+            weights = torch.where(chosen, MEAN_INSTANCE_SIZE[label.name] / sizes.to(self.instances.dtype), 0.0)
             right = predictions == train_id
             in_category = self._category[predictions.long()] == self._category[train_id]
             for column, hit in ((0, right), (2, in_category)):

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from cityseg_hf.config import OptimConfig, TrainConfig
-
-HEAD_PREFIXES = ("decode_head", "classifier", "aux_classifier", "segmentation_head", "head")
+from cityseg_hf.models.presets import HEADS
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
@@ -22,7 +21,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.ndim > 1 and "position_embeddings" not in name
-            in_head = name.split(".")[0] in HEAD_PREFIXES
+            in_head = name.split(".")[0] in HEADS
             groups.setdefault((decayed, in_head), []).append(parameter)
     return [
         {

@@ -146,7 +146,7 @@ class Trainer:
                 if self.plan.validates_at(self.progress.step):
                     self._validate()
                     self._save()
-                if signals.agreed(self.accelerator):
+                if signals.agreed(self.accelerator, self.progress.step):
                     self._save()
                     why = signals.received or "a signal to another process"
                     raise Stopped(f"{why} at step {self.progress.step}; run the same command again to go on")

@@ -84,6 +84,9 @@ def main(argv: list[str]) -> int:
         data=dataclasses.replace(config.data, image_size=list(image_size), base_dataset_path=str(root)),
         train=dataclasses.replace(config.train, mixed_precision=accelerator.mixed_precision),
     )
+    set_seed(config.train.seed)
+    settings = model_settings(config.model.model_args)
+    model = build_model(config.model.model_type, init_from=config.model.init_from, **settings)
     folder = Path(config.run.save_model_path) / config.run_name(accelerator.num_processes)
     run = RunFolder(folder, accelerator.is_main_process)
     run.open(describe_run(config, accelerator, rows))
@@ -92,9 +95,6 @@ def main(argv: list[str]) -> int:
     if run.finished:
         accelerator.print("this run is finished: see results.json")
         return 0
-    set_seed(config.train.seed)
-    settings = model_settings(config.model.model_args)
-    model = build_model(config.model.model_type, init_from=config.model.init_from, **settings)
     results = Trainer(config, accelerator, model, rows, image_size, run).fit()
     for name, scores in results.items():
         line = ", ".join(

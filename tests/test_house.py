@@ -13,8 +13,8 @@ PACKAGE = REPO / "cityseg_hf"
 ORDER = (
     ("errors", "labels"),
     ("config", "metrics"),
-    ("recipes", "optim", "cityscapes_scores"),
-    ("models", "cli"),
+    ("recipes", "models", "cityscapes_scores"),
+    ("optim", "cli"),
     ("data",),
     ("losses", "runs", "launch"),
     ("inference", "checkpoint"),

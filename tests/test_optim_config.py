@@ -335,7 +335,7 @@ WRONG_FLAGS = [
     (("-p", "-1"), "--early_stopping_patience"),
     (("--max_steps", "0"), "--max_steps"),
     (("--seed", "-1"), "--seed.*-1"),
-    (("-a", "wild"), "--augmentation 'wild'.*none, original, standard"),
+    (("-a", "wild"), "--augmentation 'wild'.*none, flip, original, standard"),
     (("--image_size", "512"), r"--image_size.*\[512\]"),
     (("--image_size", "16", "512"), r"--image_size.*\[16, 512\]"),
     (("--crop_size", "1", "2", "3"), r"--crop_size.*\[1, 2, 3\]"),
@@ -533,6 +533,9 @@ def test_a_grid_of_576_runs_has_576_folders() -> None:
 
 
 OTHER_VALUES: dict[str, Any] = {
+    "momentum": 0.5,
+    "min_lr_ratio": 0.5,
+    "warmup_ratio": 0.5,
     "base_dataset_path": "elsewhere",
     "image_size": [64, 96],
     "crop_size": [64, 64],
@@ -560,10 +563,7 @@ def changed(config: Config, name: str) -> Config:
         settings = getattr(config, part.name)
         if name in {field.name for field in dataclasses.fields(settings)}:
             old = getattr(settings, name)
-            if name in OTHER_VALUES:
-                new = OTHER_VALUES[name]
-            else:
-                new = not old if isinstance(old, bool) else (old or 0) + 1
+            new = OTHER_VALUES[name] if name in OTHER_VALUES else not old if isinstance(old, bool) else (old or 0) + 1
             # -g and --schedule exclude each other: the one makes room for the other.
             room = {"gamma": {"schedule": None}, "schedule": {"gamma": None}}.get(name, {})
             return dataclasses.replace(config, **{part.name: dataclasses.replace(settings, **{name: new}, **room)})

@@ -132,7 +132,7 @@ def test_dilation_computes_what_striding_skips(depth: int) -> None:
     assert coarse.shape[-2:] == (4, 5)
     assert fine.shape[-2:] == (13, 20)
     assert coarse.std().item() > 0.1
-    torch.testing.assert_close(fine[..., ::4, ::4], coarse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fine[..., ::4, ::4], coarse, rtol=1e-4, atol=1e-4)
 
 
 # UNet

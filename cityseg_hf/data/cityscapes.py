@@ -8,6 +8,7 @@ import io
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +129,7 @@ def _list_files(root: Path, kind: str, suffix: str) -> Iterator[tuple[tuple[str,
     for archive in sorted(root.glob(f"{kind}*.zip")):
         try:
             inner_paths = _open_zip(str(archive)).namelist()
-        except (zipfile.BadZipFile, OSError) as error:
+        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
             raise UserError(f"{archive} is no readable zip ({error}): download it again") from None
         for inner in inner_paths:
             parts = inner.split("/")[-4:]
@@ -159,7 +160,8 @@ def read_bytes(path: str) -> bytes:
             inner, archive = path.removeprefix("zip://").split("::", 1)
             return _open_zip(archive).read(inner)
         return Path(path).read_bytes()
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        # A damaged archive shows itself in all of these ways.
         raise UserError(f"cannot read {path}: {error}") from None
 
 
@@ -228,13 +230,24 @@ def instance_path(label_path: str) -> str | None:
     return path if Path(path).is_file() else None
 
 
-def read_instances(path: str) -> np.ndarray:
+def read_instances(path: str, size: tuple[int, ...] | None = None) -> np.ndarray:
     """Decodes an ``instanceIds`` PNG.
+
+    Args:
+        path: the file.
+        size: height and width of the label it belongs to, which it must have too.
 
     Returns:
         ``int32[H, W]``: ``labelId * 1000 + k`` for the pixels of instance k, the labelId where there are no instances.
+
+    Raises:
+        UserError: it cannot be read, is not 16 bits deep, or has another size than the label.
     """
-    return np.asarray(_decode(path, ("I;16", "I"), "an instanceIds map")).astype(np.int32)
+    instances = np.asarray(_decode(path, ("I;16", "I"), "an instanceIds map")).astype(np.int32)
+    if size is not None and instances.shape != size:
+        shapes = ["x".join(map(str, shape)) for shape in (instances.shape, size)]
+        raise UserError(f"{path} is {shapes[0]}, but its label is {shapes[1]}")
+    return instances
 
 
 def has_labels(rows: datasets.Dataset) -> bool:

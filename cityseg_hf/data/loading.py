@@ -1,5 +1,6 @@
 """Rows -> samples -> batches, in an order and with an augmentation that depend on nothing but (seed, epoch, index)."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,7 @@ class SegmentationDataset(Dataset):
         epoch, index = key
         try:
             image, label = read_pair(self.image_paths[index], self.label_paths[index])
+            instances = self._read_instances(index, label.shape) if self.instances else None
         except UserError as error:
             # Raised in a worker it would come back wrapped in a traceback: it travels as a sample instead.
             return {"error": str(error)}
@@ -67,9 +69,12 @@ class SegmentationDataset(Dataset):
             pixel_values, train_ids = self.transform(pixels, torch.from_numpy(label))
         sample = {"pixel_values": pixel_values, "labels": train_ids, "key": (self.seed, epoch, index)}
         if self.instances:
-            path = instance_path(self.label_paths[index])
-            sample["instances"] = None if path is None else torch.from_numpy(read_instances(path))
+            sample["instances"] = instances
         return sample
+
+    def _read_instances(self, index: int, size: tuple[int, ...]) -> Tensor | None:
+        path = instance_path(self.label_paths[index])
+        return None if path is None else torch.from_numpy(read_instances(path, size))
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -179,13 +184,17 @@ def make_loader(dataset: Dataset, batches: Sampler, *, num_workers: int, pin_mem
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
         prefetch_factor=4 if num_workers else None,
     )
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C and Slurm signal the whole group: the main process decides, and needs its batch to finish the step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def image_size_of(rows: datasets.Dataset, default: tuple[int, int] = (512, 1024)) -> tuple[int, int]:

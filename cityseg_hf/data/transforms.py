@@ -141,6 +141,8 @@ class TrainTransform:
         if config.augmentation == "standard":
             self.geometry = RandomScaleCrop(image_size, crop)
             self.augment = v2.Compose([v2.RandomHorizontalFlip(0.5), _OnImage(PhotometricDistortion())])
+        elif config.augmentation == "flip":
+            self.augment = v2.RandomHorizontalFlip(0.5)
         elif config.augmentation == "original":
             self.augment = v2.Compose(
                 [

@@ -31,6 +31,8 @@ class FCNResNetConfig(PretrainedConfig):
     ) -> None:
         if depth not in (18, 34, 50, 101, 152):
             raise ValueError(f"depth must be 18, 34, 50, 101 or 152, got {depth}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         self.depth = depth
         self.dilation = dilation
         self.auxiliary_head = auxiliary_head

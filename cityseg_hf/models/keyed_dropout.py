@@ -20,7 +20,7 @@ class SampleRandomness:
 
     def __init__(self) -> None:
         self.layers: list[_Keyed] = []
-        self.draws: np.ndarray | None = None
+        self.draws: np.ndarray | None = None  # uint64[B, CALLS_PER_LAYER * layers]
 
     def begin(self, keys: Sequence[Sequence[int]]) -> None:
         """Sets the keys of the samples of the next forward pass, e.g. ``(seed, epoch, index)`` each."""
@@ -28,13 +28,18 @@ class SampleRandomness:
         # uint64[B, columns]. The 1 keeps the stream apart from the one of the augmentation, which has the same key.
         self.draws = np.stack([np.random.SeedSequence([*key, 1]).generate_state(columns, np.uint64) for key in keys])
         for layer in self.layers:
-            layer.calls = 0
+            layer.calls, layer.calls_per_pass = 0, CALLS_PER_LAYER
+
+    def end(self) -> None:
+        """The forward pass is over; gradient checkpointing may repeat parts of it, with the masks of the first time."""
+        for layer in self.layers:
+            layer.calls_per_pass = max(1, min(layer.calls, CALLS_PER_LAYER))
 
     def take(self, layer: "_Keyed", batch: int) -> np.ndarray | None:
         """``uint64[B]`` for this use of a layer, or ``None`` where no keys were set for such a batch."""
         if self.draws is None or len(self.draws) != batch:
             return None
-        column = CALLS_PER_LAYER * layer.position + layer.calls % CALLS_PER_LAYER
+        column = CALLS_PER_LAYER * layer.position + layer.calls % layer.calls_per_pass
         layer.calls += 1
         return self.draws[:, column]
 
@@ -43,7 +48,7 @@ class _Keyed(nn.Module):
     def __init__(self, probability: float, randomness: SampleRandomness) -> None:
         super().__init__()
         self.probability, self.randomness = probability, randomness
-        self.position, self.calls = len(randomness.layers), 0
+        self.position, self.calls, self.calls_per_pass = len(randomness.layers), 0, CALLS_PER_LAYER
         randomness.layers.append(self)
 
     def extra_repr(self) -> str:
@@ -96,8 +101,12 @@ def key_dropout(model: nn.Module) -> SampleRandomness:
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Dropout) and module.p > 0:
-                parent.add_module(name, KeyedDropout(module.p, randomness))
+                keyed: _Keyed = KeyedDropout(module.p, randomness)
             elif getattr(module, "drop_prob", None) and not list(module.children()):
                 # Every family of transformers has a DropPath class of its own; they share this attribute.
-                parent.add_module(name, KeyedDropPath(float(module.drop_prob), randomness))
+                keyed = KeyedDropPath(float(module.drop_prob), randomness)
+            else:
+                continue
+            parent.add_module(name, keyed.train(module.training))
+    model.register_forward_hook(lambda *_: randomness.end())
     return randomness

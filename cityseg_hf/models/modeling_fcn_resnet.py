@@ -24,19 +24,22 @@ class FCNResNetOutput(SemanticSegmenterOutput):
     auxiliary_logits: Tensor | None = None
 
 
-def _dilate(stage: nn.Sequential, first: int, rest: int) -> None:
+def _dilate(stage: nn.Sequential, before: int, after: int) -> None:
     """Turns the stride of a stage into dilation (Yu and Koltun, 2016), for basic and bottleneck blocks alike.
 
-    Where torchvision can do it itself (``replace_stride_with_dilation``, bottlenecks only) the result is the same: the
-    first block keeps the dilation of the stage before.
+    What comes up to and with the former stride keeps the dilation of the stage before; what follows it sees a grid
+    twice as fine and doubles its own. Every weight then means what it meant with the stride: the dilated features at
+    every second pixel are the strided ones. For bottlenecks this is torchvision's ``replace_stride_with_dilation``.
     """
-    for index, block in enumerate(stage):
-        dilation = first if index == 0 else rest
-        for module in block.modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
-                if module.kernel_size == (3, 3):
-                    module.dilation = module.padding = (dilation, dilation)
+    dilation = before
+    for module in stage.modules():  # in the order of the forward pass; the shortcut's 1x1 has no dilation
+        if isinstance(module, nn.Conv2d):
+            strided = module.stride != (1, 1)
+            module.stride = (1, 1)
+            if module.kernel_size == (3, 3):
+                module.dilation = module.padding = (dilation, dilation)
+            if strided:
+                dilation = after
 
 
 class FCNResNetForSemanticSegmentation(PreTrainedModel):
@@ -46,13 +49,15 @@ class FCNResNetForSemanticSegmentation(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["BasicBlock", "Bottleneck"]
+    # The loss is a mean: transformers' Trainer must divide it by its accumulation steps itself.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: FCNResNetConfig) -> None:
         super().__init__(config)
         resnet = getattr(torchvision.models, f"resnet{config.depth}")(weights=None)
         if config.dilation:
-            _dilate(resnet.layer3, first=1, rest=2)
-            _dilate(resnet.layer4, first=2, rest=4)
+            _dilate(resnet.layer3, before=1, after=2)
+            _dilate(resnet.layer4, before=2, after=4)
         channels = resnet.fc.in_features
         stages = {"layer4": "out", **({"layer3": "aux"} if config.auxiliary_head else {})}
         self.backbone = IntermediateLayerGetter(resnet, return_layers=stages)
@@ -67,7 +72,7 @@ class FCNResNetForSemanticSegmentation(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # As torchvision initialises its ResNets: He et al., 2015, fan-out.
         if isinstance(module, nn.Conv2d):
-            if module.out_channels == self.config.num_labels:
+            if module in self._last_layers():
                 # Small logits: training starts from even odds for every class, at a loss of ln(num_labels).
                 init.normal_(module.weight, std=0.01)
             else:
@@ -76,6 +81,9 @@ class FCNResNetForSemanticSegmentation(PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    def _last_layers(self) -> list[nn.Module]:
+        return [head[-1] for head in (self.classifier, self.aux_classifier) if head is not None]
 
     def forward(
         self,

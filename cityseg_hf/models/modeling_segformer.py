@@ -48,6 +48,9 @@ class FoldedDecodeHead(SegformerDecodeHead):
 class SegformerForSemanticSegmentation(TransformersSegformer):
     """transformers' class with the folded head; saved folders load with either."""
 
+    # The loss is a mean: transformers' Trainer must divide it by its accumulation steps itself.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: SegformerConfig) -> None:
         super().__init__(config)
         # The same modules and names, another forward pass. What the first head drew at random is drawn anew.

@@ -3,6 +3,8 @@
 Imports nothing of this project but its configuration, so that the file travels with a model folder.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +27,7 @@ class UNetBlock(nn.Sequential):
                 layers.append(nn.BatchNorm2d(out_channels))
             elif norm == "group":
                 # 32 groups, or as many as divide a narrow level.
-                layers.append(nn.GroupNorm(32 if out_channels % 32 == 0 else 1, out_channels))
+                layers.append(nn.GroupNorm(math.gcd(32, out_channels), out_channels))
             layers.append(nn.ReLU(inplace=True))
         super().__init__(*layers)
 
@@ -37,6 +39,8 @@ class UNetForSemanticSegmentation(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["UNetBlock"]
+    # The loss is a mean: transformers' Trainer must divide it by its accumulation steps itself.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
@@ -56,7 +60,7 @@ class UNetForSemanticSegmentation(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # He et al., 2015, equation 14: fan-out for the layers that a ReLU follows.
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            if module.out_channels == self.config.num_labels:
+            if module is self.classifier:
                 # Small logits: training starts from even odds for every class, at a loss of ln(num_labels).
                 init.normal_(module.weight, std=0.01)
             else:

@@ -82,17 +82,23 @@ def build_model(name: str, *, init_from: str | None = None, **config: Any) -> Pr
     for key in config:
         if key not in known or key in ("id2label", "label2id", "model_type"):
             raise UserError(f"{name} has no setting {key!r}; it has {', '.join(_own_settings(preset))}")
+    for key, value in config.items():
+        if "drop" in key and not (isinstance(value, (int, float)) and 0 <= value < 1):
+            raise UserError(f"{name}: {key} must lie in [0, 1), got {value!r}")
+    if config.get("num_channels", 3) != 3:
+        raise UserError(f"{name}: num_channels must be 3, the images are RGB; got {config['num_channels']!r}")
     fields = {**{k: v for k, v in known.items() if k != "model_type"}, **CITYSCAPES_HEAD, **config}
     try:
         configuration = type(preset)(**{**fields, "semantic_loss_ignore_index": IGNORE})
         model_class = FAMILIES[type(preset)]
-        if init_from is None:
-            return model_class(configuration)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from None
+        model = model_class(configuration) if init_from in (None, "imagenet") else None
+    except Exception as error:  # sizes that do not fit raise as many kinds of errors as there are layers
+        raise UserError(f"{name}: its settings do not fit: {_one_line(error)}") from None
     if init_from == "imagenet":
-        return _from_torchvision(name, model_class(configuration))
-    return _from_checkpoint(name, model_class, configuration, init_from)
+        _load_torchvision(name, model)
+    elif init_from is not None:
+        model = _from_pretrained(model_class, init_from, {"config": configuration}, preset=name)
+    return model
 
 
 def _own_settings(preset: PretrainedConfig) -> list[str]:
@@ -116,13 +122,7 @@ def _read_config(source: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load {source}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _from_checkpoint(
-    name: str, model_class: type[PreTrainedModel], configuration: PretrainedConfig, source: str
-) -> PreTrainedModel:
-    return _from_pretrained(model_class, source, {"config": configuration}, preset=name)
+        raise UserError(f"cannot load {source}: {_one_line(error)}") from None
 
 
 def _from_pretrained(auto_class: Any, source: str, options: dict[str, Any], preset: str | None = None) -> Any:
@@ -131,9 +131,8 @@ def _from_pretrained(auto_class: Any, source: str, options: dict[str, Any], pres
         model, info = auto_class.from_pretrained(
             source, ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot load {source}: {reason[:300]}") from None
+    except Exception as error:  # a broken file raises what the library that meets it raises
+        raise UserError(f"cannot load {source}: {_one_line(error)}") from None
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
     strange = [key for key in (*mismatched, *info["missing_keys"]) if not _in_head(key)]
     if strange:
@@ -146,7 +145,7 @@ def _in_head(parameter: str) -> bool:
     return parameter.split(".")[0] in HEADS
 
 
-def _from_torchvision(name: str, model: PreTrainedModel) -> PreTrainedModel:
+def _load_torchvision(name: str, model: PreTrainedModel) -> None:
     if not isinstance(model, FCNResNetForSemanticSegmentation):
         raise UserError(
             f"--init_from imagenet is for the resnet presets; {name} takes a checkpoint such as nvidia/mit-b0"
@@ -155,14 +154,16 @@ def _from_torchvision(name: str, model: PreTrainedModel) -> PreTrainedModel:
     try:
         # torch.load with weights_only: nothing in the file is executed.
         state = torch.hub.load_state_dict_from_url(weights.url, map_location="cpu", weights_only=True, progress=False)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot fetch {weights.url}: {error}; put the file into {torch.hub.get_dir()}/checkpoints"
-        ) from None
+    except Exception as error:  # no network, a full disk, a torn file
+        place = f"{torch.hub.get_dir()}/checkpoints"
+        raise UserError(f"cannot get {weights.url}; put the file into {place} ({_one_line(error)})") from None
     report = model.backbone.load_state_dict(state, strict=False)
     if report.missing_keys or set(report.unexpected_keys) != {"fc.weight", "fc.bias"}:
         raise UserError(f"{weights.url} does not fit {name}: {report}")
-    return model
+
+
+def _one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def freeze_batchnorm(modules: Iterable[torch.nn.Module]) -> None:
