@@ -1,5 +1,6 @@
 """Saving and restoring: model folders for users, checkpoints to go on from."""
 
+import math
 import os
 import shutil
 import warnings
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, SegformerImageProcessor
 
 from cityseg_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from cityseg_hf.errors import UserError
+from cityseg_hf.errors import UserError, one_line
 
 
 @dataclass
@@ -40,8 +41,9 @@ class Progress:
         if self.best_miou is None or (miou or 0.0) > self.best_miou:
             self.best_miou = miou or 0.0
             better.append("best_miou")
-        # A loss that is not a number is better than none, and worse than every number.
-        if self.best_loss is None or loss < self.best_loss or self.best_loss != self.best_loss:
+        # A loss that is not a number is worse than every number; the first one is kept all the same.
+        first_number = self.best_loss is not None and math.isnan(self.best_loss) and not math.isnan(loss)
+        if self.best_loss is None or loss < self.best_loss or first_number:
             self.best_loss = loss
             better.append("best_loss")
         self.validations_without_gain = 0 if "best_loss" in better else self.validations_without_gain + 1
@@ -125,7 +127,7 @@ def restore_checkpoint(accelerator: Accelerator, folder: Path) -> None:
             warnings.simplefilter("ignore")
             accelerator.load_state(str(folder))
     except Exception as error:  # torch, safetensors, zip and key errors alike: the checkpoint does not fit
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"cannot go on from {folder} ({reason}): remove it to use the one before, or start anew"
         ) from None

@@ -12,6 +12,7 @@ import evaluate
 import numpy as np
 import torch
 
+from cityseg_hf.labels import NUM_CLASSES
 from cityseg_hf.metrics import SegmentationCounts
 
 _DESCRIPTION = "Mean IoU, Dice, accuracies and category IoU as the Cityscapes benchmark defines them, from train ids."
@@ -55,8 +56,11 @@ class CityscapesScores(evaluate.Metric):
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Counts one pair of maps ``[H, W]``."""
         # numpy takes lists, arrays and CPU tensors alike
-        pair = (torch.from_numpy(np.array(value, dtype=np.int64)) for value in (prediction, reference))
-        self.counts.update(*pair)
+        prediction, reference = (np.array(value, dtype=np.int64) for value in (prediction, reference))
+        if prediction.size and not 0 <= prediction.min() <= prediction.max() < NUM_CLASSES:
+            found = f"{prediction.min()}..{prediction.max()}"
+            raise ValueError(f"predictions must be train ids 0..{NUM_CLASSES - 1}, got {found}: are they labelIds?")
+        self.counts.update(torch.from_numpy(prediction), torch.from_numpy(reference))
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float | None]:
         """The scores of everything added, and of the maps given here; starts anew."""

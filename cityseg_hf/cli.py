@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from cityseg_hf.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from cityseg_hf.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
+from cityseg_hf.errors import EXIT_STOPPED, EXIT_USER_ERROR, LocalFault, Stopped, UserError, one_line
 from cityseg_hf.recipes import RECIPES
 
 
@@ -59,44 +59,44 @@ def parse_train_args(argv: Sequence[str], fallback_recipe: Callable[[str | None]
         UserError: an unknown flag, key, recipe or value.
     """
     parser = train_parser()
-    defaults = parser.parse_args(list(argv))
-    layers: list[tuple[str, dict[str, Any]]] = []  # where settings come from, lowest first
-    decay = _decay(defaults)
-    if defaults.config is not None:
-        settings = _read_yaml(defaults.config)
-        from_file = _parse(parser, _words(settings, parser, defaults.config), where=defaults.config)
-        layers.append((defaults.config, _without(decay, settings)))
-        decay = decay or _decay(from_file)
-        defaults.recipe = defaults.recipe or from_file.recipe
-        defaults.base_dataset_path = defaults.base_dataset_path or from_file.base_dataset_path
-    recipe = defaults.recipe or fallback_recipe(defaults.base_dataset_path)
+    given = _given(argv)
+    layers: list[tuple[str, dict[str, Any]]] = []  # where settings come from and what they are, highest first
+    if "config" in given:
+        settings = _read_yaml(given["config"])
+        try:
+            from_file = _given(_words(settings, parser, given["config"]))
+        except UserError as error:
+            raise UserError(f"{given['config']}: {error}") from None
+        layers.append((given["config"], _without(given, settings)))
+        given = {**from_file, **given}
+    recipe = given.get("recipe") or fallback_recipe(given.get("base_dataset_path"))
     if recipe is not None:
         if recipe not in RECIPES:
             near = did_you_mean(recipe, RECIPES)
             raise UserError(f"unknown --recipe {recipe!r}{near}; choose from {', '.join(RECIPES)}")
-        layers.insert(0, (recipe, _without(decay, RECIPES[recipe].settings)))
-    # Later words win, so what the user typed overrides the file, and the file the recipe.
-    words = [word for where, settings in layers for word in _words(settings, parser, where)]
+        layers.append((recipe, _without(given, RECIPES[recipe].settings)))
+    # Later words win: what the user typed overrides the file, and the file the recipe.
+    words = [word for where, settings in reversed(layers) for word in _words(settings, parser, where)]
     parts = parser.parse_args_into_dataclasses([*words, *argv], look_for_args_file=False)
     return Config(*parts[:5])
 
 
-def _decay(given: argparse.Namespace) -> str | None:
-    """Which of the two ways to name a decay was given: -g belongs to one schedule, --schedule names any."""
-    return "schedule" if given.schedule is not None else "gamma" if given.gamma is not None else None
+REPLACES = {"schedule": "gamma", "gamma": "schedule", "num_epochs": "max_steps", "batch_size": "global_batch_size"}
+"""A setting that a higher layer gives also replaces the lower layers' other way of saying the same."""
 
 
-def _without(decay: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a lower layer without the way of decay that a higher one replaces."""
-    dropped = {"gamma": {"schedule"}, "schedule": {"schedule", "gamma"}}.get(decay, set())
+def _given(words: Sequence[str]) -> dict[str, Any]:
+    """What a command line says itself, without defaults."""
+    parser = train_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(list(words)))
+
+
+def _without(given: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a lower layer that still stand when a higher one says what is given."""
+    dropped = {REPLACES[name] for name in given if name in REPLACES}
     return {name: value for name, value in settings.items() if name not in dropped}
-
-
-def _parse(parser: Parser, words: list[str], where: str) -> argparse.Namespace:
-    try:
-        return parser.parse_args(words)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config {path} is no YAML: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -135,8 +135,8 @@ def exit_with(main: Callable[[list[str]], int | None]) -> NoReturn:
     try:
         status = main(sys.argv[1:]) or 0
     except UserError as error:
-        # Every process of a launch meets the same mistake; one of them says it.
-        if int(os.environ.get("RANK", "0")) == 0:
+        # Most mistakes are met by every process of a launch: one of them says it.
+        if isinstance(error, LocalFault) or int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         status = EXIT_USER_ERROR
     except Stopped as stopped:

@@ -157,10 +157,16 @@ class TrainConfig:
     max_steps: int | None = _flag(None, "optimiser steps; overrides --num_epochs")
     batch_size: int = _flag(16, "images per process and step", "-b")
     gradient_accumulation_steps: int = _flag(1, "batches that make one optimiser step")
+    global_batch_size: int | None = _flag(
+        None, "images per optimiser step over all processes; --batch_size follows from it"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _flag(
         None, "precision of the forward pass (default: what accelerate was launched with)"
     )
     auxiliary_loss_weight: float = _flag(0.4, "weight of the auxiliary head's loss, for networks that have one")
+    class_weights: Literal["none", "enet"] = _flag(
+        "none", "weights of the classes in the loss, from their share of the training labels: 1 / ln(1.02 + share)"
+    )
     val_freq: int = _flag(1, "validate every f epochs", "-f")
     early_stopping_patience: int = _flag(
         20, "stop after so many validations without a lower loss; 0 never stops early", "-p"
@@ -170,9 +176,29 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "val_freq"):
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.global_batch_size is None or self.global_batch_size >= 1,
+            f"--global_batch_size must be at least 1, got {self.global_batch_size}",
+        )
         _require(self.max_steps is None or self.max_steps >= 1, f"--max_steps must be at least 1, got {self.max_steps}")
         _require(self.early_stopping_patience >= 0, "--early_stopping_patience must not be negative (0: never stop)")
-        _require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
+        _require(0 <= self.seed < 2**32, f"--seed must lie in 0..{2**32 - 1}, got {self.seed}")
+
+    def for_processes(self, num_processes: int) -> "TrainConfig":
+        """These settings with the batch size per process that makes the global one.
+
+        Raises:
+            UserError: the global batch cannot be shared evenly.
+        """
+        if self.global_batch_size is None:
+            return self
+        shares = num_processes * self.gradient_accumulation_steps
+        if self.global_batch_size % shares:
+            raise UserError(
+                f"a global batch of {self.global_batch_size} cannot be shared by {num_processes} processes x "
+                f"{self.gradient_accumulation_steps} accumulated batches: give --batch_size instead"
+            )
+        return dataclasses.replace(self, batch_size=self.global_batch_size // shares)
 
 
 @dataclass(frozen=True)

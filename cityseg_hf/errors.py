@@ -11,5 +11,14 @@ class UserError(Exception):
     """A mistake of the user's: one line that names the thing and says how to mend it. Scripts print it and exit 2."""
 
 
+class LocalFault(UserError):
+    """A ``UserError`` that one process of several may meet alone, such as a broken image in its share of the data."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, in one line of 300 characters at most."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
 class Stopped(Exception):
     """The run was asked to stop by a signal and has saved its state. Scripts print it and exit 75."""

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from cityseg_hf.errors import one_line
 from cityseg_hf.inference import load_model_folder
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,6 @@ def push_model_folder(folder: Path, repo: str) -> bool:
         model.push_to_hub(repo)
         processor.push_to_hub(repo)
     except Exception as error:
-        logger.warning(
-            "the Hub refused %s (%s); the model lies in %s", repo, " ".join(str(error).split())[:200], folder
-        )
+        logger.warning("the Hub refused %s (%s); the model lies in %s", repo, one_line(error), folder)
         return False
     return True

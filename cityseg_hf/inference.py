@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
-from cityseg_hf.data.transforms import normalize, resize_image
-from cityseg_hf.errors import UserError
+from cityseg_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, resize_image
+from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.labels import NUM_CLASSES
 from cityseg_hf.losses import upsample
 
@@ -18,16 +18,24 @@ def load_model_folder(source: str | Path) -> tuple[PreTrainedModel, Any]:
     """A trained network and its image processor, from a model folder or the Hub. Reads safetensors only.
 
     Raises:
-        UserError: there is no such folder or model, or it was not trained on the 19 classes.
+        UserError: there is no such folder or model, or it was not trained on the 19 classes and images
+            normalised as ours.
     """
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(source, use_safetensors=True)
+        model = AutoModelForSemanticSegmentation.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         processor = AutoImageProcessor.from_pretrained(source)
     except Exception as error:  # the libraries raise many kinds for a broken file; all mean the same to the user
-        raise UserError(f"cannot load the model {source}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"cannot load the model {source}: {one_line(error)}") from None
     if model.config.num_labels != NUM_CLASSES:
         raise UserError(
             f"{source} has {model.config.num_labels} classes, Cityscapes has {NUM_CLASSES}: fine-tune it first"
+        )
+    means = (getattr(processor, "image_mean", None), getattr(processor, "image_std", None))
+    if not getattr(processor, "do_normalize", False) or not np.allclose(
+        means, (IMAGENET_MEAN, IMAGENET_STD), atol=1e-3
+    ):
+        raise UserError(
+            f"{source} does not normalise images as ImageNet's (mean and deviation {means}): fine-tune it first"
         )
     return model.eval(), processor
 

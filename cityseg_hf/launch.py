@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler
 
 from cityseg_hf.config import Config
-from cityseg_hf.errors import UserError
+from cityseg_hf.errors import UserError, one_line
+from cityseg_hf.models import PRESETS
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -28,15 +29,21 @@ def make_accelerator(config: Config) -> Accelerator:
             mixed_precision=config.train.mixed_precision,
             log_with=None if config.run.report_to == "none" else config.run.report_to,
             project_dir=config.run.save_model_path,
+            kwargs_handlers=_handlers(config),
             # The schedule counts optimiser steps, whatever the number of processes.
             step_scheduler_with_optimizer=False,
         )
     except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"accelerate cannot start: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"accelerate cannot start: {one_line(error)}") from None
     check_world(accelerator)
     if accelerator.device.type == "cpu":
         _use_cpu_well()
     return accelerator
+
+
+def _handlers(config: Config) -> list[KwargsHandler]:
+    # Networks of others may hold parameters that their logits do not need; looking for them costs the presets nothing.
+    return [] if config.model.model_type in PRESETS else [DistributedDataParallelKwargs(find_unused_parameters=True)]
 
 
 def _use_cpu_well() -> None:
@@ -63,7 +70,8 @@ def check_world(accelerator: Accelerator, environment: Any = os.environ) -> None
     other's run.
 
     Raises:
-        UserError: the number of processes, or FSDP / DeepSpeed, is not what the launcher's environment says.
+        UserError: the number of processes, or the engine (FSDP, DeepSpeed), is not what was asked
+            for.
     """
     got = accelerator.num_processes
     asked = int(environment.get("WORLD_SIZE", 1))
@@ -77,12 +85,14 @@ def check_world(accelerator: Accelerator, environment: Any = os.environ) -> None
         # The launcher sets an address when more than one process was asked for, and then starts one all the same.
         raise UserError(
             "more than one process was asked for but one was started: for several processes on CPUs use "
-            "'ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes N'"
+            "'ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes N'; for one process unset MASTER_ADDR"
         )
-    engines = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
-    for variable, engine in engines.items():
-        if environment.get(variable, "false").lower() in ("true", "1") and accelerator.distributed_type != engine:
-            raise UserError(f"{engine.value} was asked for but this launch runs {accelerator.distributed_type.value}")
+    for engine in ("FSDP", "DEEPSPEED"):
+        if environment.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
+            raise UserError(f"{engine} was asked for, but this version trains with plain data parallelism only")
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
 class StopSignals:
@@ -93,7 +103,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:

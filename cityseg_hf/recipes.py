@@ -34,13 +34,13 @@ RECIPES: dict[str, Recipe] = {
     "segformer": Recipe(
         about="SegFormer (Xie et al., 2021), as mmsegmentation trains it; global batch 8, 160k steps; start from "
         "--init_from nvidia/mit-bN",
-        expected="published: B0 76.5, B1 78.6, B2 81.1, B3 81.9, B4 81.9, B5 82.3; 1024x1024 crops, 8 GPUs",
+        expected="published: B0 76.5, B1 78.6, B2 81.1, B3 81.9, B4 81.9, B5 82.3; 1024x1024 crops, 8 GPUs x 1 image",
         settings={
             "image_size": [1024, 2048],
             "crop_size": [1024, 1024],
             "augmentation": "standard",
             "max_steps": 160_000,
-            "batch_size": 8,
+            "global_batch_size": 8,
             "learning_rate": 6e-5,
             "weight_decay": 0.01,
             "head_lr_multiplier": 10.0,
@@ -60,7 +60,7 @@ RECIPES: dict[str, Recipe] = {
             "crop_size": [512, 1024],
             "augmentation": "standard",
             "max_steps": 80_000,
-            "batch_size": 8,
+            "global_batch_size": 8,
             "optimizer": "sgd",
             "learning_rate": 0.01,
             "weight_decay": 5e-4,
@@ -80,7 +80,7 @@ RECIPES: dict[str, Recipe] = {
             "crop_size": [512, 1024],
             "augmentation": "standard",
             "max_steps": 160_000,
-            "batch_size": 16,
+            "global_batch_size": 16,
             "optimizer": "sgd",
             "learning_rate": 0.01,
             "weight_decay": 5e-4,

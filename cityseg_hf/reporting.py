@@ -116,6 +116,11 @@ class Reporter:
         mark = f" (new {' and '.join(better)})" if better else ""
         self.say(f"epoch {step / self.plan.steps_per_epoch:g}, step {step}: {split} {', '.join(shown)}{mark}")
 
+    def after_test(self, step: int, split: str, model: str, scores: dict[str, Any]) -> None:
+        """The final scores of a saved model."""
+        self.run.log(step, step / self.plan.steps_per_epoch, split, {"model": model, **scores})
+        self.tracking.log(f"test/{model}", scores, step)
+
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"

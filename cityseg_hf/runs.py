@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -55,16 +56,16 @@ class RunFolder:
     def log(self, step: int, epoch: float, split: str, scores: dict[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``."""
         if self.is_main:
-            line = json.dumps({"step": step, "epoch": round(epoch, 6), "split": split, **scores})
+            line = json.dumps(_finite({"step": step, "epoch": round(epoch, 6), "split": split, **scores}))
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drops the lines of steps that were logged but not saved, when a run goes on from ``step``."""
+        """Drops what was logged but not saved, when a run goes on from ``step``: later steps, and final tests."""
         file = self.path / "metrics.jsonl"
         if self.is_main and file.is_file():
             lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in lines if (entry := json.loads(line))["step"] <= step and "model" not in entry]
             replace_file(file, "".join(kept))
 
     def write_results(self, results: dict[str, Any]) -> None:
@@ -81,9 +82,16 @@ def _require_same(before: Any, now: Any, name: str, folder: Path) -> None:
         raise UserError(f"{folder} holds a run with {name} {before}, this command has {now}: choose another --run_name")
 
 
+def _finite(content: Any) -> Any:
+    """JSON has no NaN: a score that is not a number becomes null."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    replace_file(path, json.dumps(content, indent=2) + "\n")
+    replace_file(path, json.dumps(_finite(content), indent=2) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:

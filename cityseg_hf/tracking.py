@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cityseg_hf.config import Config
 from cityseg_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.labels import PALETTE
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def _never_fatal(method: Callable[..., None]) -> Callable[..., None]:
             method(self, *args, **kwargs)
         except Exception as error:
             self.alive = False
-            logger.warning("%s failed (%s); training goes on without it", self.kind, " ".join(str(error).split())[:200])
+            logger.warning("%s failed (%s); training goes on without it", self.kind, one_line(error))
 
     return guarded
 
@@ -47,6 +48,8 @@ class Tracking:
         self.accelerator, self.config, self.folder = accelerator, config, run_folder
         self.kind = config.run.report_to
         self.alive = self.kind != "none" and accelerator.is_main_process
+        if self.kind != "none" and not accelerator.log_with:
+            raise UserError(f"--report_to {self.kind}: the package is not there; pip install {self.kind}")
 
     @_never_fatal
     def start(self, family: str, run_id: str | None = None) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cityseg_hf import checkpoint as ckpt
 from cityseg_hf.config import Config
-from cityseg_hf.data.cityscapes import has_labels
+from cityseg_hf.data.cityscapes import count_pixels, selection_split, test_split
 from cityseg_hf.data.loading import (
     SegmentationDataset,
     TrainBatches,
@@ -27,10 +27,9 @@ from cityseg_hf.data.loading import (
 from cityseg_hf.data.transforms import EvalTransform, TrainTransform
 from cityseg_hf.errors import Stopped
 from cityseg_hf.evaluation import evaluate, evaluation_loader
-from cityseg_hf.hub import push_model_folder
 from cityseg_hf.inference import load_model_folder, predict_logits
 from cityseg_hf.launch import StopSignals
-from cityseg_hf.losses import Criterion, count_valid
+from cityseg_hf.losses import Criterion, class_weights, label_mass
 from cityseg_hf.models import freeze_batchnorm
 from cityseg_hf.optim import Plan, make_optimizer, rate_factor
 from cityseg_hf.reporting import Reporter
@@ -64,6 +63,8 @@ class Trainer:
         self.train_set = SegmentationDataset(
             rows["train"], TrainTransform(config.data, image_size), seed=config.train.seed
         )
+        # Looked up now: a fault of the test labels must not cost a training.
+        self.test_split = test_split(rows)
         self.progress = ckpt.Progress()
         batches = self._batches()
         self.plan = Plan.of(config.train, batches.steps_per_epoch)
@@ -82,7 +83,9 @@ class Trainer:
         self.network = model
         optimizer = make_optimizer(model, config.optim)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(config.optim, self.plan))
-        criterion = Criterion(model, config.train.auxiliary_loss_weight)
+        weighted = config.train.class_weights == "enet"
+        self.class_weights = class_weights(count_pixels(rows["train"])) if weighted else None
+        criterion = Criterion(model, config.train.auxiliary_loss_weight, self.class_weights)
         self.criterion, self.optimizer = accelerator.prepare(criterion, optimizer)
         # All state that a run goes on from is registered here, once; weights and optimiser were by prepare().
         accelerator.register_for_checkpointing(self.progress, self.scheduler)
@@ -103,12 +106,9 @@ class Trainer:
         self.progress.tracker_run_id = self.tracking.run_id or self.progress.tracker_run_id
         if not self.progress.stopped_early:
             self._train(signals)
-        results = self._test()
+        results = self._test(signals)
         self.run.write_results(results)
         self.tracking.finish()
-        if self.config.run.push_to_hub and self.accelerator.is_main_process:
-            push_model_folder(self.run.path / "best_miou", self.config.run.push_to_hub)
-        self.accelerator.wait_for_everyone()
         return results
 
     def _batches(self) -> TrainBatches:
@@ -161,12 +161,12 @@ class Trainer:
         accelerator, train = self.accelerator, self.config.train
         # The masks of dropout belong to the samples. Whatever else a network draws depends on the step and no more.
         torch.manual_seed(random_seed(train.seed, self.progress.step, accelerator.process_index))
-        batches = [to_device(batch, accelerator.device) for batch in islice(stream, train.gradient_accumulation_steps)]
+        batches = list(islice(stream, train.gradient_accumulation_steps))
         # The mean is over the valid pixels of the whole global batch: a mean of means would weight void unequally.
-        valid = torch.stack([count_valid(batch["labels"]) for batch in batches]).sum()
-        valid = accelerator.reduce(valid, "sum").clamp(min=1)
+        valid = torch.stack([label_mass(batch["labels"], self.class_weights) for batch in batches]).sum()
+        valid = accelerator.reduce(valid.to(accelerator.device), "sum").clamp(min=1)
         total = torch.zeros((), device=accelerator.device)
-        for number, batch in enumerate(batches, start=1):
+        for number, batch in enumerate((to_device(batch, accelerator.device) for batch in batches), start=1):
             # Gradients cross processes once a step, with the last batch.
             with nullcontext() if number == len(batches) else accelerator.no_sync(self.criterion):
                 loss, logits = self.criterion(batch["pixel_values"], batch["labels"], batch["key"])
@@ -228,23 +228,20 @@ class Trainer:
         self.progress.train_scores = self.reporter.train_scores.gather()
         ckpt.save_checkpoint(self.accelerator, self.run.path, self.progress.step, self.config.run.keep_checkpoints)
 
-    def _test(self) -> dict[str, Any]:
+    def _test(self, signals: StopSignals) -> dict[str, Any]:
         """Tests each of the three saved models, reloaded as a user would."""
-        split, results = test_split(self.rows), {}
+        tested = {}
         for name in ("best_miou", "best_loss", "last"):
+            if signals.agreed(self.accelerator, step=0):
+                raise Stopped(
+                    f"{signals.received or 'a signal'} before the final test of {name}; run the command again"
+                )
             model, _ = load_model_folder(self.run.path / name)
             model.to(self.accelerator.device)
-            scores = dict(evaluate(model, self._evaluation_loader(split), title=f"test {name}"))
-            results[name] = {f"{split}/{key}": value for key, value in scores.items()}
-            self.reporter.log(self.progress.step, f"test/{name}", scores)
-        return results
-
-
-def selection_split(rows: datasets.DatasetDict) -> str:
-    """The split that chooses the best model: the held-out cities where there are any, else ``val``."""
-    return "holdout" if "holdout" in rows else "val"
-
-
-def test_split(rows: datasets.DatasetDict) -> str:
-    """The split that judges the final models: ``test`` where its labels say something, else ``val``."""
-    return "test" if "test" in rows and has_labels(rows["test"]) else "val"
+            tested[name] = dict(evaluate(model, self._evaluation_loader(self.test_split), title=f"test {name}"))
+        for name, scores in tested.items():
+            self.reporter.after_test(self.progress.step, self.test_split, name, scores)
+        return {
+            name: {f"{self.test_split}/{key}": value for key, value in scores.items()}
+            for name, scores in tested.items()
+        }

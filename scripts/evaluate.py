@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from cityseg_hf import UserError, load_cityscapes
 from cityseg_hf.cli import Parser, exit_with
 from cityseg_hf.data.cityscapes import has_labels
-from cityseg_hf.data.loading import SegmentationDataset, image_size_of
+from cityseg_hf.data.loading import SegmentationDataset
 from cityseg_hf.data.transforms import EvalTransform
 from cityseg_hf.evaluation import evaluate, evaluation_loader
 from cityseg_hf.inference import load_model_folder, processor_size
@@ -26,16 +26,19 @@ def parser() -> Parser:
     flags.add_argument(
         "-d", "--base_dataset_path", default="./cityscapes_data", help="root of leftImg8bit/ and gtFine/"
     )
-    flags.add_argument("--split", default="val", choices=["train", "val", "test"], help="what is judged")
+    flags.add_argument("--split", default="val", choices=["train", "val", "test", "holdout"], help="what is judged")
+    flags.add_argument("--holdout_cities", nargs="+", help="the train cities that make the split 'holdout'")
     flags.add_argument("--output", help="JSON file for the scores")
     flags.add_argument("--batch_size", "-b", type=int, default=4, help="images at a time")
     flags.add_argument("--num_workers", type=int, default=2, help="processes that load data")
     return flags
 
 
-def labelled_rows(root: str, split: str) -> datasets.Dataset:
+def labelled_rows(root: str, split: str, holdout_cities: list[str] | None) -> datasets.Dataset:
     """The rows of a split that can be judged."""
-    rows = load_cityscapes(root)
+    rows = load_cityscapes(root, holdout_cities=holdout_cities)
+    if split == "holdout" and split not in rows:
+        raise UserError("--split holdout needs --holdout_cities")
     if split not in rows:
         raise UserError(f"{root} has no images in leftImg8bit/{split}; it has {', '.join(rows)}")
     if not has_labels(rows[split]):
@@ -56,17 +59,19 @@ def print_table(scores: dict[str, float | None]) -> None:
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size must be at least 1, got {args.batch_size}")
+    if args.batch_size < 1 or args.num_workers < 0:
+        raise UserError(f"--batch_size {args.batch_size} and --num_workers {args.num_workers}: at least 1 and 0")
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {Path(args.output).resolve().parent}")
     transformers_logging.disable_progress_bar()
     state = PartialState()
-    rows = labelled_rows(args.base_dataset_path, args.split)
+    rows = labelled_rows(args.base_dataset_path, args.split, args.holdout_cities)
     model, processor = load_model_folder(args.model)
-    size = processor_size(processor) or image_size_of(rows, default=(1 << 30, 1 << 30))
+    size = processor_size(processor)
     dataset = SegmentationDataset(rows, EvalTransform(size), instances=True)
-    loader = evaluation_loader(dataset, batch_size=args.batch_size, num_workers=args.num_workers)
+    # Images that keep their own sizes cannot be stacked.
+    batch_size = 1 if size is None else args.batch_size
+    loader = evaluation_loader(dataset, batch_size=batch_size, num_workers=args.num_workers)
     scores = dict(evaluate(model.to(state.device), loader, title=args.split))
     if state.is_main_process:
         print_table(scores)

@@ -3,6 +3,7 @@
 python scripts/predict.py --model saved_models/RUN/best_miou --input IMAGE_OR_FOLDER --output predictions
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,14 @@ def parser() -> Parser:
     return flags
 
 
-def find_images(source: Path) -> list[tuple[Path, Path]]:
-    """Pairs of image and its name relative to the output folder."""
+def find_images(source: Path, output: Path) -> list[tuple[Path, Path]]:
+    """Pairs of image and its name relative to the output folder; what lies there already is no input."""
     if source.is_file():
         return [(source, Path(source.name))]
     if not source.is_dir():
         raise UserError(f"--input {source}: there is no such file or folder")
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = [path for path in found if not path.resolve().is_relative_to(output.resolve()) or output == source]
     if not found:
         raise UserError(f"--input {source}: no images in it ({', '.join(sorted(SUFFIXES))})")
     return [(path, path.relative_to(source)) for path in found]
@@ -54,8 +56,8 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if not 0 <= args.opacity <= 1:
         raise UserError(f"--opacity must lie between 0 and 1, got {args.opacity}")
-    images = find_images(Path(args.input))
     output = Path(args.output)
+    images = find_images(Path(args.input), output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,6 +65,7 @@ def main(argv: list[str]) -> None:
     transformers_logging.disable_progress_bar()
     model, processor = load_model_folder(args.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    stems = Counter(name.with_suffix("") for _, name in images)
     broken = []
     for path, name in tqdm(images, desc="predict", unit="image"):
         try:
@@ -72,8 +75,7 @@ def main(argv: list[str]) -> None:
             tqdm.write(f"skipped: {error}")
             continue
         # Photographs of one name in two formats must not overwrite each other.
-        same_name = sum(other.with_suffix("") == name.with_suffix("") for _, other in images) > 1
-        target = output / (name if same_name else name.with_suffix(""))
+        target = output / (name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
         write(target, image, segment(model, processor, image), args.opacity)
     print(f"{len(images) - len(broken)} images segmented into {output}")
     if broken:

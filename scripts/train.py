@@ -17,7 +17,8 @@ from cityseg_hf import PRESETS, build_model, load_cityscapes, make_synthetic
 from cityseg_hf.cli import exit_with, parse_train_args
 from cityseg_hf.config import Config
 from cityseg_hf.data.loading import image_size_of
-from cityseg_hf.errors import UserError
+from cityseg_hf.errors import UserError, one_line
+from cityseg_hf.hub import push_model_folder
 from cityseg_hf.launch import make_accelerator
 from cityseg_hf.runs import RunFolder, describe_run
 from cityseg_hf.training import Trainer
@@ -44,14 +45,16 @@ def data_root(config: Config, accelerator: Accelerator) -> Path:
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cityseg_hf"
     root = cache / f"streets_{SYNTHETIC['train']}_{SYNTHETIC['val']}_{height}x{width}_{SYNTHETIC['seed']}"
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         if not root.is_dir():
-            cache.mkdir(parents=True, exist_ok=True)
-            # Made beside and renamed: an interrupted start leaves no half a data set behind.
-            beside = Path(tempfile.mkdtemp(dir=cache)) / "streets"
-            make_synthetic(beside, **SYNTHETIC)
-            beside.rename(root)
-            beside.parent.rmdir()
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                # Made beside and renamed: an interrupted start leaves no half a data set behind.
+                with tempfile.TemporaryDirectory(dir=cache) as beside:
+                    make_synthetic(Path(beside) / "streets", **SYNTHETIC).rename(root)
+            except OSError as error:
+                if not root.is_dir():  # another launch may have been faster
+                    raise UserError(f"cannot write the synthetic streets to {cache}: {error.strerror}") from None
     return root
 
 
@@ -62,8 +65,19 @@ def model_settings(pairs: list[str] | None) -> dict:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--model_args takes KEY=VALUE, got {pair!r}")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--model_args {pair}: {one_line(error)}") from None
     return settings
+
+
+def share(config: Config, accelerator: Accelerator, folder: Path) -> int:
+    """Pushes the best model where that was asked for, once no process waits for another."""
+    accelerator.end_training()
+    if config.run.push_to_hub and accelerator.is_main_process:
+        push_model_folder(folder / "best_miou", config.run.push_to_hub)
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -82,7 +96,9 @@ def main(argv: list[str]) -> int:
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, image_size=list(image_size), base_dataset_path=str(root)),
-        train=dataclasses.replace(config.train, mixed_precision=accelerator.mixed_precision),
+        train=dataclasses.replace(
+            config.train.for_processes(accelerator.num_processes), mixed_precision=accelerator.mixed_precision
+        ),
     )
     set_seed(config.train.seed)
     settings = model_settings(config.model.model_args)
@@ -94,15 +110,14 @@ def main(argv: list[str]) -> int:
     accelerator.print(f"run folder: {folder}")
     if run.finished:
         accelerator.print("this run is finished: see results.json")
-        return 0
+        return share(config, accelerator, folder)
     results = Trainer(config, accelerator, model, rows, image_size, run).fit()
     for name, scores in results.items():
         line = ", ".join(
             f"{key} {value:.4f}" for key, value in scores.items() if key.count("/") == 1 and value is not None
         )
         accelerator.print(f"{name}: {line}")
-    accelerator.end_training()
-    return 0
+    return share(config, accelerator, folder)
 
 
 if __name__ == "__main__":

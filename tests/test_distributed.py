@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,8 @@ def losses(run: Path) -> list[float]:
 )
 def test_same_curve_as_one_process(model: tuple, streets: Path, tmp_path: Path, run_train) -> None:
     """Defects 7 and 17, and the contract. 12 images, 5 to validate: the shards of validation are unequal."""
-    common = ("-d", streets, *model, "-a", "-e", 2, "--logging_steps", 1, "--report_to", "tensorboard")
+    common = ("-d", streets, *model, "-a", "-e", 2, "--logging_steps", 1, "--report_to", "tensorboard",
+              "--class_weights", "enet")  # fmt: skip
     one = run_train(*common, "-b", 4, name="one")
     done = two_processes(*common, "-b", 2, "-s", tmp_path / "runs", "--run_name", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -63,6 +65,18 @@ def test_processes_stop_early_together(streets: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "runs/two/metrics.jsonl").read_text().splitlines()]
     assert max(line["epoch"] for line in lines) == 2
+
+
+def test_a_fault_that_one_process_meets_is_said(streets: Path, tmp_path: Path) -> None:
+    """It lies in the other process's share of the data: whoever meets it must name the file."""
+    root = tmp_path / "streets"
+    shutil.copytree(streets, root)
+    for broken in root.glob("leftImg8bit/train/*/*.png"):
+        broken.write_bytes(broken.read_bytes()[:200])
+    argv = ("-d", root, *TINY_UNET, "-e", 1, "-b", 2, "--image_size", 64, 128)
+    done = two_processes(*argv, "-s", tmp_path / "runs", "--run_name", "two", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "_leftImg8bit.png is no readable image" in done.stderr
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(streets: Path, tmp_path: Path) -> None:

@@ -48,3 +48,10 @@ def test_lengths_that_differ_are_named() -> None:
     metric = evaluate.load(cityseg_hf.EVALUATE_METRIC)
     with pytest.raises(ValueError, match="2 predictions but 1 references"):
         metric.add_batch(predictions=np.zeros((2, 4, 4)), references=np.zeros((1, 4, 4)))
+
+
+def test_predictions_that_are_no_train_ids_are_refused() -> None:
+    """Counted, label 0 with prediction 20 would be a hit for class 1."""
+    metric = evaluate.load(cityseg_hf.EVALUATE_METRIC)
+    with pytest.raises(ValueError, match=r"train ids 0..18, got 20..20"):
+        metric.add_batch(predictions=np.full((1, 4, 4), 20), references=np.zeros((1, 4, 4)))

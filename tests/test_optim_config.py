@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from cityseg_hf.cli import parse_train_args, train_parser
 from cityseg_hf.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cityseg_hf.errors import UserError
 from cityseg_hf.labels import IGNORE
-from cityseg_hf.losses import count_valid, cross_entropy_sum, upsample
+from cityseg_hf.losses import class_weights, count_valid, cross_entropy_sum, label_mass, upsample
 from cityseg_hf.optim import Plan, make_optimizer, parameter_groups, rate_factor
 from cityseg_hf.recipes import RECIPES
 
@@ -533,6 +534,7 @@ def test_a_grid_of_576_runs_has_576_folders() -> None:
 
 
 OTHER_VALUES: dict[str, Any] = {
+    "class_weights": "enet",
     "momentum": 0.5,
     "min_lr_ratio": 0.5,
     "warmup_ratio": 0.5,
@@ -601,3 +603,41 @@ def test_the_name_is_stable_and_follows_the_process_count_but_not_the_mount() ->
 
 def test_a_given_name_is_the_name() -> None:
     assert parse("--run_name", "mine").run_name() == "mine"
+
+
+# --- layers and global batches
+
+
+@pytest.mark.parametrize("recipe", ["segformer", "fcn", "unet"])
+def test_a_flag_replaces_a_recipes_other_way_of_saying_it(recipe: str) -> None:
+    """A recipe's steps must not outlive the epochs that the user asked for, nor its global batch a batch size."""
+    assert parse("--recipe", recipe).train.max_steps == RECIPES[recipe].settings["max_steps"]
+    config = parse("--recipe", recipe, "-e", "5", "-b", "2")
+    assert (config.train.num_epochs, config.train.max_steps) == (5, None)
+    assert (config.train.batch_size, config.train.global_batch_size) == (2, None)
+
+
+def test_a_global_batch_is_shared_by_the_processes() -> None:
+    train = parse("--recipe", "segformer", "--gradient_accumulation_steps", "2").train
+    assert train.global_batch_size == 8
+    assert [train.for_processes(n).batch_size for n in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UserError, match="global batch of 8 cannot be shared by 3 processes"):
+        train.for_processes(3)
+
+
+# --- class weights
+
+
+def test_class_weights_are_those_of_enet() -> None:
+    """1 / ln(1.02 + share), worked by hand for shares 0.98, 0.02 and 0."""
+    weights = class_weights(torch.tensor([98, 2, 0]))
+    torch.testing.assert_close(weights, torch.tensor([1 / math.log(2.0), 1 / math.log(1.04), 1 / math.log(1.02)]))
+
+
+def test_weighted_loss_is_torchs_weighted_mean() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 19, 6, 8), torch.randint(0, 19, (2, 6, 8))
+    labels[0, :3] = IGNORE
+    weights = torch.rand(19) + 0.5
+    ours = cross_entropy_sum(logits, labels, weights) / label_mass(labels, weights)
+    torch.testing.assert_close(ours, nn.functional.cross_entropy(logits, labels, weight=weights, ignore_index=IGNORE))

@@ -1,8 +1,12 @@
 """The scripts as a user runs them: exit statuses, single lines, files written."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from transformers import pipeline
 
 from cityseg_hf import PRESETS, UserError, build_model, labels
 from cityseg_hf.checkpoint import image_processor, save_model_folder
+from cityseg_hf.inference import load_model_folder
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,23 @@ def test_mistakes_exit_2_with_one_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         "error: no folder nowhere: -d takes the folder that holds leftImg8bit/ and gtFine/"
     ]
+
+
+def test_a_signal_to_the_whole_group_saves_and_exits_75(streets: Path, tmp_path: Path) -> None:
+    """Ctrl-C and Slurm signal the workers too: they must not die before the step is done."""
+    argv = ["-d", streets, *TINY_UNET, "-e", 500, "-b", 4, "--num_workers", 2, "--run_name", "run"]
+    command = [sys.executable, str(REPO / "scripts/train.py"), *map(str, argv)]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        metrics = tmp_path / "saved_models/run/metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not metrics.is_file() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, errors[-2000:]
+    assert "run the same command again to go on" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert len(list(tmp_path.glob("saved_models/run/checkpoints/step_*"))) >= 1
 
 
 def test_listed_models_exist() -> None:
@@ -137,3 +159,28 @@ def test_push_to_hub_is_never_fatal(run_train, streets: Path) -> None:
     """Offline, the Hub refuses at once; what was trained stays on disk."""
     run = run_train("-d", streets, *TINY_UNET, "--max_steps", 1, "-b", 4, "--push_to_hub", "someone/some-model")
     assert json.loads((run / "results.json").read_text())
+
+
+def test_models_that_would_be_judged_wrongly_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    """Another normalisation than the one the loader does would give plausible, wrong scores."""
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(UserError, match="does not normalise images"):
+        load_model_folder(other)
+
+
+def test_half_precision_folders_load_in_float32(model_folder: Path, tmp_path: Path) -> None:
+    model, processor = load_model_folder(model_folder)
+    save_model_folder(tmp_path / "half", model.half(), processor)
+    assert load_model_folder(tmp_path / "half")[0].dtype == torch.float32
+    assert build_model(str(tmp_path / "half")).dtype == torch.float32
+
+
+def test_predict_does_not_segment_its_own_output(model_folder: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    argv = ["--model", str(model_folder), "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    for _ in range(2):
+        load_script("predict").main(argv)
+        assert len(list((tmp_path / "out").rglob("*.png"))) == 3

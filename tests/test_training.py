@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from cityseg_hf import UserError, load_cityscapes
+from cityseg_hf.checkpoint import Progress
+from cityseg_hf.data.cityscapes import count_pixels
 from cityseg_hf.errors import Stopped
-from cityseg_hf.labels import CLASS_NAMES
+from cityseg_hf.labels import CLASS_NAMES, ID_TO_TRAIN_ID
+from cityseg_hf.runs import RunFolder
 from cityseg_hf.training import Trainer
 
 RunTrain = Callable[..., Path]
@@ -37,9 +41,8 @@ def assert_same_weights(one: Path, other: Path) -> None:
 def test_run_folder_holds_what_the_contract_says(run_train: RunTrain, streets: Path) -> None:
     run = run_train("-d", streets, *SHORT)
     lines = read_lines(run)
-    assert {line["split"] for line in lines} == {
-        "train", "train_epoch", "val", "test/best_miou", "test/best_loss", "test/last"
-    }  # fmt: skip
+    assert {line["split"] for line in lines} == {"train", "train_epoch", "val", "test"}
+    assert [line["model"] for line in lines if line["split"] == "test"] == ["best_miou", "best_loss", "last"]
     assert [line["step"] for line in lines if line["split"] == "val"] == [3, 6, 9]
     results = json.loads((run / "results.json").read_text())
     assert set(results) == {"best_miou", "best_loss", "last"}
@@ -240,3 +243,43 @@ def test_mistakes_are_one_line(argv: tuple[str, ...], message: str, run_train: R
     with pytest.raises(UserError, match=message) as caught:
         run_train("-d", streets, "--model", "unet_small", *argv)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_is_no_number_is_no_gain() -> None:
+    """Else a run that diverged at once would never stop early; and JSON has no NaN."""
+    progress = Progress()
+    assert progress.note_validation(None, float("nan")) == ["best_miou", "best_loss"], "the first is kept all the same"
+    assert progress.note_validation(0.0, float("nan")) == []
+    assert progress.validations_without_gain == 1
+    assert progress.note_validation(0.1, 5.0) == ["best_miou", "best_loss"]
+    assert progress.note_validation(0.0, float("nan")) == []
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    RunFolder(tmp_path, is_main=True).log(1, 0.5, "val", {"loss": float("nan"), "miou": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None
+
+
+def test_class_weights_are_counted_from_the_training_labels(streets: Path) -> None:
+    rows = load_cityscapes(streets)["train"]
+    expected = sum(np.bincount(ID_TO_TRAIN_ID[np.asarray(label)].ravel(), minlength=256) for label in rows["label"])
+    np.testing.assert_array_equal(count_pixels(rows), expected[:19])
+
+
+def test_a_broken_first_image_is_one_line(run_train: RunTrain, streets: Path, tmp_path: Path) -> None:
+    """It is read before the loader, for its size."""
+    root = tmp_path / "streets"
+    shutil.copytree(streets, root)
+    first = sorted(root.glob("leftImg8bit/train/*/*.png"))[0]
+    first.write_bytes(first.read_bytes()[:300])
+    with pytest.raises(UserError, match=f"{first.name} is no readable image"):
+        run_train("-d", root, *TINY_UNET, "--max_steps", 1, "-b", 4)
+
+
+def test_a_push_can_be_asked_for_later(run_train: RunTrain, streets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run trains no more, but still goes up when the same command says so."""
+    pushed = []
+    monkeypatch.setattr("cityseg_hf.hub.push_model_folder", lambda folder, repo: pushed.append((folder.name, repo)))
+    run_train("-d", streets, *TINY_UNET, "--max_steps", 1, "-b", 4)
+    run_train("-d", streets, *TINY_UNET, "--max_steps", 1, "-b", 4, "--push_to_hub", "someone/model")
+    assert pushed == [("best_miou", "someone/model")]

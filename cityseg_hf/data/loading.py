@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cityseg_hf.data.cityscapes import instance_path, read_instances, read_pair
+from cityseg_hf.data.cityscapes import instance_path, read_image, read_instances, read_pair
 from cityseg_hf.data.transforms import Transform
-from cityseg_hf.errors import UserError
+from cityseg_hf.errors import LocalFault, UserError
 
 
 def random_seed(*key: int) -> int:
@@ -96,7 +96,7 @@ def raise_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
     """The batches of a loader; a fault of the data that a worker met is raised here, as the one line it is."""
     for batch in loader:
         if "error" in batch:
-            raise UserError(batch["error"])
+            raise LocalFault(batch["error"])
         yield batch
 
 
@@ -191,15 +191,17 @@ def make_loader(dataset: Dataset, batches: Sampler, *, num_workers: int, pin_mem
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C and Slurm signal the whole group: the main process decides, and needs its batch to finish the step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C and Slurm signal the whole group: the main process decides, and needs its batches to finish the step. A
+    # worker leaves when told to through its queue, or when it sees that its parent is gone.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def image_size_of(rows: datasets.Dataset, default: tuple[int, int] = (512, 1024)) -> tuple[int, int]:
     """``default``, or the size of the split's first image where that has fewer pixels."""
-    width, height = rows[0]["image"].size
+    first = rows.cast_column("image", datasets.Image(decode=False))[0]["image"]["path"]
+    height, width = read_image(first).shape[:2]
     return (height, width) if height * width < default[0] * default[1] else default
 
 

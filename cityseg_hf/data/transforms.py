@@ -176,10 +176,13 @@ class _OnImage(nn.Module):
 
 
 class EvalTransform:
-    """Validation and test: the image is resized and normalised, the label stays at its own size, nothing is random."""
+    """Validation and test: the image is resized and normalised, the label stays at its own size, nothing is random.
 
-    def __init__(self, image_size: Size) -> None:
+    Without an ``image_size`` the image keeps its own too.
+    """
+
+    def __init__(self, image_size: Size | None) -> None:
         self.image_size = image_size
 
     def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return normalize(resize_image(image, self.image_size)), label.long()
+        return normalize(resize_image(image, self.image_size or tuple(image.shape[-2:]))), label.long()

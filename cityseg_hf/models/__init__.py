@@ -9,7 +9,7 @@ from cityseg_hf.models.modeling_segformer import SegformerForSemanticSegmentatio
 from cityseg_hf.models.modeling_unet import UNetForSemanticSegmentation
 from cityseg_hf.models.presets import PRESETS, build_model, freeze_batchnorm
 
-# The folded head computes transformers' logits from transformers' weights, in half the time.
+# The folded head computes transformers' logits from transformers' weights, with less work.
 AutoModelForSemanticSegmentation.register(SegformerConfig, SegformerForSemanticSegmentation, exist_ok=True)
 
 for _config, _model in (

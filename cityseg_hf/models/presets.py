@@ -14,7 +14,7 @@ from transformers import (
     SegformerConfig,
 )
 
-from cityseg_hf.errors import UserError
+from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.labels import ID2LABEL, IGNORE, LABEL2ID
 from cityseg_hf.models.configuration_fcn_resnet import FCNResNetConfig
 from cityseg_hf.models.configuration_unet import UNetConfig
@@ -93,7 +93,7 @@ def build_model(name: str, *, init_from: str | None = None, **config: Any) -> Pr
         model_class = FAMILIES[type(preset)]
         model = model_class(configuration) if init_from in (None, "imagenet") else None
     except Exception as error:  # sizes that do not fit raise as many kinds of errors as there are layers
-        raise UserError(f"{name}: its settings do not fit: {_one_line(error)}") from None
+        raise UserError(f"{name}: its settings do not fit: {one_line(error)}") from None
     if init_from == "imagenet":
         _load_torchvision(name, model)
     elif init_from is not None:
@@ -122,17 +122,22 @@ def _read_config(source: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load {source}: {_one_line(error)}") from None
+        raise UserError(f"cannot load {source}: {one_line(error)}") from None
 
 
 def _from_pretrained(auto_class: Any, source: str, options: dict[str, Any], preset: str | None = None) -> Any:
     """``from_pretrained`` that reads safetensors only and refuses to start an encoder at random in silence."""
     try:
         model, info = auto_class.from_pretrained(
-            source, ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True, **options
+            source,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # a broken file raises what the library that meets it raises
-        raise UserError(f"cannot load {source}: {_one_line(error)}") from None
+        raise UserError(f"cannot load {source}: {one_line(error)}") from None
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
     strange = [key for key in (*mismatched, *info["missing_keys"]) if not _in_head(key)]
     if strange:
@@ -156,14 +161,10 @@ def _load_torchvision(name: str, model: PreTrainedModel) -> None:
         state = torch.hub.load_state_dict_from_url(weights.url, map_location="cpu", weights_only=True, progress=False)
     except Exception as error:  # no network, a full disk, a torn file
         place = f"{torch.hub.get_dir()}/checkpoints"
-        raise UserError(f"cannot get {weights.url}; put the file into {place} ({_one_line(error)})") from None
+        raise UserError(f"cannot get {weights.url}; put the file into {place} ({one_line(error)})") from None
     report = model.backbone.load_state_dict(state, strict=False)
     if report.missing_keys or set(report.unexpected_keys) != {"fc.weight", "fc.bias"}:
         raise UserError(f"{weights.url} does not fit {name}: {report}")
-
-
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def freeze_batchnorm(modules: Iterable[torch.nn.Module]) -> None:
