@@ -91,9 +91,34 @@ RECIPES: dict[str, Recipe] = {
             "early_stopping_patience": 0,
         },
     ),
+    "camvid": Recipe(
+        about="SegFormer B0 from random weights on 367 small images (CamVid) in half an hour of two CPU cores; with "
+        "--model_args drop_path_rate=0 classifier_dropout_prob=0, since so short a training underfits",
+        expected="0.514 CamVid val mIoU over the 11 classes present, best of five validations; two AVX2 cores (LOG.md)",
+        settings={
+            "image_size": [192, 256],
+            "augmentation": "flip",
+            "class_weights": "enet",
+            "max_steps": 6600,
+            "batch_size": 2,
+            "learning_rate": 7e-4,
+            "weight_decay": 0.01,
+            "warmup_steps": 150,
+            "val_freq": 9,
+            "early_stopping_patience": 0,
+            "logging_steps": 50,
+        },
+    ),
     "synthetic": Recipe(
         about="the built-in streets, when there is no Cityscapes: shows that everything works, in minutes on a CPU",
         expected="see LOG.md; two CPU cores, a few minutes",
-        settings={"num_epochs": 12, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 10, "logging_steps": 5},
+        settings={
+            "num_epochs": 12,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "warmup_steps": 10,
+            "class_weights": "enet",
+            "logging_steps": 5,
+        },
     ),
 }

@@ -575,3 +575,17 @@ def test_checkpoint_of_other_classes_gets_a_head_for_ours(name: str, tmp_path: P
     fitted = {key for key in state if state[key].shape != again[key].shape}
     assert {again[key].shape[0] for key in fitted} == {NUM_CLASSES}
     assert all(torch.equal(state[key], again[key]) for key in state.keys() - fitted)
+
+
+def test_attention_is_fused() -> None:
+    """Defect 21: attention was written out by hand."""
+    assert build_model("segformer_small").config._attn_implementation == "sdpa"
+
+
+def test_unet_is_normalised_unless_asked_not_to_be() -> None:
+    """Defect 22: a UNet without normalisation, at a learning rate of 0.01."""
+    norms = {
+        name: [type(module) for module in build_model("unet_small", norm=name).modules()] for name in ("batch", "none")
+    }
+    assert nn.BatchNorm2d in norms["batch"] and nn.BatchNorm2d not in norms["none"]
+    assert PRESETS["unet_small"].norm == "batch"
