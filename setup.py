@@ -24,7 +24,7 @@ setup(
         "safetensors>=0.5",
         "wandb>=0.20",
         "numpy>=1.26",
-        "pillow>=10.0",
+        "pillow>=11.0",
         "pyyaml>=6.0",
         "tqdm>=4.66",
     ],

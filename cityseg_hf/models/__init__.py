@@ -11,6 +11,9 @@ from cityseg_hf.models.presets import PRESETS, build_model, freeze_batchnorm
 
 # The folded head computes transformers' logits from transformers' weights, with less work.
 AutoModelForSemanticSegmentation.register(SegformerConfig, SegformerForSemanticSegmentation, exist_ok=True)
+if AutoModelForSemanticSegmentation._model_mapping[SegformerConfig] is not SegformerForSemanticSegmentation:
+    # transformers 5.17 passes over registrations for its own configurations, whatever exist_ok says.
+    AutoModelForSemanticSegmentation._model_mapping._extra_content[SegformerConfig] = SegformerForSemanticSegmentation
 
 for _config, _model in (
     (UNetConfig, UNetForSemanticSegmentation),
