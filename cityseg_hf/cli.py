@@ -142,5 +142,8 @@ def exit_with(main: Callable[[list[str]], int | None]) -> NoReturn:
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         status = EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130  # 128 + SIGINT, as shells have it
     sys.stdout.flush()
     sys.exit(status)

@@ -18,6 +18,7 @@ from transformers import pipeline
 
 from cityseg_hf import PRESETS, UserError, build_model, labels
 from cityseg_hf.checkpoint import image_processor, save_model_folder
+from cityseg_hf.cli import exit_with
 from cityseg_hf.inference import load_model_folder
 
 
@@ -184,3 +185,15 @@ def test_predict_does_not_segment_its_own_output(model_folder: Path, tmp_path: P
     for _ in range(2):
         load_script("predict").main(argv)
         assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    """Ctrl-C in evaluate or predict, or a second one in training, is no traceback."""
+
+    def main(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        exit_with(main)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
