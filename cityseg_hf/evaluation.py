@@ -10,8 +10,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from cityseg_hf.data.loading import EvalBatches, SegmentationDataset, make_loader, raise_errors, to_device
-from cityseg_hf.losses import count_valid, cross_entropy_sum, upsample
+from cityseg_hf.losses import count_valid
 from cityseg_hf.metrics import Scores, SegmentationCounts
+from cityseg_hf.upsampled import argmax_and_loss
 
 
 def evaluation_loader(dataset: SegmentationDataset, *, batch_size: int, num_workers: int) -> DataLoader:
@@ -25,7 +26,7 @@ def evaluate(model: PreTrainedModel, loader: DataLoader, *, title: str = "evalua
     """Yields the scores of a network over a split, summed over all processes.
 
     The network runs in its own precision, without autocast, so that a reloaded model gets the scores its run got. Each
-    prediction is judged at its label's own resolution; logits of one image at a time are held at that size.
+    prediction is judged at its label's own resolution; logits are never held at that size.
 
     Args:
         model: on its device; left in evaluation mode.
@@ -57,8 +58,7 @@ def _count_batch(model: PreTrainedModel, batch: dict[str, Any], counts: Segmenta
     logits = model(pixel_values=batch["pixel_values"]).logits  # [B, 19, h, w]
     maps = batch.get("instances", [None] * len(logits))
     for row, labels, instances in zip(logits, batch["labels"], maps, strict=True):
-        # One image at a time: full-size logits of a whole batch would be 19 times its labels.
-        scores = upsample(row[None], labels.shape)  # [1, 19, H, W]
-        counts.loss[0] += cross_entropy_sum(scores, labels[None])
+        predictions, loss = argmax_and_loss(row[None], labels[None])  # uint8[1, H, W]
+        counts.loss[0] += loss
         counts.loss[1] += count_valid(labels)
-        counts.update(scores[0].argmax(0), labels, instances)
+        counts.update(predictions[0], labels, instances)

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 from cityseg_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, resize_image
 from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.labels import NUM_CLASSES
-from cityseg_hf.losses import upsample
+from cityseg_hf.upsampled import argmax
 
 
 def load_model_folder(source: str | Path) -> tuple[PreTrainedModel, Any]:
@@ -51,8 +51,8 @@ def processor_size(processor: Any) -> tuple[int, int] | None:
 
 
 @torch.no_grad()
-def predict_logits(model: PreTrainedModel, pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits of a batch at a given resolution.
+def predict(model: PreTrainedModel, pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
+    """The best class of every pixel at a given resolution.
 
     Args:
         model: in evaluation mode.
@@ -60,9 +60,9 @@ def predict_logits(model: PreTrainedModel, pixel_values: Tensor, size: tuple[int
         size: height and width wanted.
 
     Returns:
-        ``float32[B, 19, *size]``.
+        ``uint8[B, *size]``, train ids 0..18.
     """
-    return upsample(model(pixel_values=pixel_values).logits, size)
+    return argmax(model(pixel_values=pixel_values).logits, size)
 
 
 def segment(model: PreTrainedModel, processor: Any, image: np.ndarray) -> np.ndarray:
@@ -78,5 +78,4 @@ def segment(model: PreTrainedModel, processor: Any, image: np.ndarray) -> np.nda
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
     size = processor_size(processor) or image.shape[:2]
     pixel_values = normalize(resize_image(pixels, size))[None].to(model.device)
-    logits = predict_logits(model, pixel_values, image.shape[:2])
-    return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
+    return predict(model, pixel_values, image.shape[:2])[0].cpu().numpy()

@@ -8,28 +8,7 @@ from torch.nn import functional as F
 
 from cityseg_hf.labels import IGNORE
 from cityseg_hf.models.keyed_dropout import key_dropout
-
-
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits ``[B, C, h, w]`` at the labels' resolution: ``float32[B, C, H, W]``, bilinear, corners not aligned."""
-    if logits.shape[-2:] == size:
-        return logits.float()
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-
-
-def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The sum of the cross-entropy over all pixels that are not void, at the labels' resolution.
-
-    Args:
-        logits: ``float[B, C, h, w]``, any stride.
-        labels: ``long[B, H, W]``, train ids and ``IGNORE``.
-        weights: ``float32[C]``, one for each class; 1 without.
-
-    Returns:
-        ``float32`` scalar; 0, with zero gradients, where every pixel is void.
-    """
-    scores = upsample(logits, labels.shape[-2:])
-    return F.cross_entropy(scores, labels, weight=weights, ignore_index=IGNORE, reduction="sum")
+from cityseg_hf.upsampled import cross_entropy_sum
 
 
 def count_valid(labels: Tensor) -> Tensor:
@@ -61,7 +40,7 @@ def label_mass(labels: Tensor, weights: Tensor | None = None) -> Tensor:
     if weights is None:
         return count_valid(labels).float()
     by_value = F.pad(weights, (0, IGNORE + 1 - len(weights)))  # void weighs nothing
-    return by_value.to(labels.device)[labels].sum()
+    return by_value.to(labels.device).index_select(0, labels.flatten().int()).sum()
 
 
 class Criterion(nn.Module):
@@ -75,20 +54,25 @@ class Criterion(nn.Module):
             of the sample (``models.keyed_dropout``).
         auxiliary_weight: weight of the loss of the auxiliary logits.
         weights: ``float32[C]``, one for each class; 1 without.
+        compiled: the loss in one kernel (``upsampled.cross_entropy_sum``).
     """
 
-    def __init__(self, network: nn.Module, auxiliary_weight: float, weights: Tensor | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, auxiliary_weight: float, weights: Tensor | None = None, *, compiled: bool = False
+    ) -> None:
         super().__init__()
-        self.network, self.auxiliary_weight = network, auxiliary_weight
+        self.network, self.auxiliary_weight, self.compiled = network, auxiliary_weight, compiled
         self.register_buffer("weights", weights, persistent=False)
         self.randomness = key_dropout(network)
 
     def forward(self, pixel_values: Tensor, labels: Tensor, keys: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """``float[B, 3, H, W]``, ``long[B, H, W]``, B keys -> summed loss, ``logits float[B, 19, h, w]``."""
+        """``float[B, 3, H, W]``, labels ``integer[B, H, W]``, B keys -> summed loss, ``float[B, 19, h, w]``."""
         self.randomness.begin(keys)
         outputs = self.network(pixel_values=pixel_values)
-        loss = cross_entropy_sum(outputs.logits, labels, self.weights)
+        loss = cross_entropy_sum(outputs.logits, labels, self.weights, compiled=self.compiled)
         auxiliary = getattr(outputs, "auxiliary_logits", None)
         if auxiliary is not None:
-            loss = loss + self.auxiliary_weight * cross_entropy_sum(auxiliary, labels, self.weights)
+            loss = loss + self.auxiliary_weight * cross_entropy_sum(
+                auxiliary, labels, self.weights, compiled=self.compiled
+            )
         return loss, outputs.logits.detach()

@@ -114,14 +114,19 @@ class SegmentationCounts:
 def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
     """``int64[19, 19]`` of two maps of train ids; pixels whose label is void do not count."""
     bins = NUM_CLASSES**2
-    valid = (labels >= 0) & (labels < NUM_CLASSES)
-    # Void goes into a bin of its own: picking the valid pixels would make the host wait for their number.
-    pairs = torch.where(valid, labels.long() * NUM_CLASSES + predictions.long(), bins).flatten()
+    if labels.dtype == torch.uint8:
+        rows = labels.clamp(max=NUM_CLASSES)
+    else:
+        rows = torch.where((labels >= 0) & (labels < NUM_CLASSES), labels, NUM_CLASSES)
+    # Void goes into a row of its own: picking the valid pixels would make the host wait for their number. Two bytes a
+    # pixel are enough: 19 * 19 + 18.
+    pairs = rows.to(torch.int16).mul_(NUM_CLASSES).add_(predictions.to(torch.int16)).flatten()
     if pairs.is_cuda:  # bincount waits for the largest value there; sums of integers are exact in any order
-        counts = torch.zeros(bins + 1, dtype=torch.int64, device=pairs.device)
+        pairs = pairs.long()
+        counts = torch.zeros(bins + NUM_CLASSES, dtype=torch.int64, device=pairs.device)
         counts.scatter_add_(0, pairs, torch.ones_like(pairs))
     else:
-        counts = torch.bincount(pairs, minlength=bins + 1)
+        counts = torch.bincount(pairs, minlength=bins + NUM_CLASSES)
     return counts[:bins].reshape(NUM_CLASSES, NUM_CLASSES)
 
 

@@ -12,6 +12,7 @@ from cityseg_hf.metrics import class_scores, confusion_matrix
 from cityseg_hf.optim import Plan
 from cityseg_hf.runs import RunFolder
 from cityseg_hf.tracking import Tracking
+from cityseg_hf.upsampled import argmax
 
 
 class TrainScores:
@@ -28,9 +29,10 @@ class TrainScores:
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Counts a batch: ``float[B, 19, h, w]``, ``long[B, H, W]``."""
-        small = nn.functional.interpolate(labels[:, None].float(), size=logits.shape[-2:])[:, 0]  # [B, h, w]
-        self.counts += confusion_matrix(logits.argmax(1), small)
+        """Counts a batch: ``float[B, 19, h, w]``, ``uint8`` or ``long[B, H, W]``."""
+        size = tuple(logits.shape[-2:])
+        small = nn.functional.interpolate(labels[:, None].to(torch.uint8), size=size)[:, 0]  # [B, h, w]
+        self.counts += confusion_matrix(argmax(logits, size), small)
 
     def pop(self, steps: int) -> dict[str, float | None]:
         """The scores of all processes over the last ``steps`` steps, and a fresh start. A collective call."""

@@ -27,7 +27,7 @@ from cityseg_hf.data.loading import (
 from cityseg_hf.data.transforms import EvalTransform, TrainTransform
 from cityseg_hf.errors import Stopped
 from cityseg_hf.evaluation import evaluate, evaluation_loader
-from cityseg_hf.inference import load_model_folder, predict_logits
+from cityseg_hf.inference import load_model_folder, predict
 from cityseg_hf.launch import StopSignals
 from cityseg_hf.losses import Criterion, class_weights, label_mass
 from cityseg_hf.models import freeze_batchnorm
@@ -216,8 +216,8 @@ class Trainer:
         if self.tracking.alive:
             sample = loader.dataset[(0, 0)]
             pixel_values = sample["pixel_values"].to(self.accelerator.device)
-            logits = predict_logits(self.network, pixel_values[None], tuple(sample["labels"].shape))
-            self.tracking.log_panel(pixel_values, sample["labels"], logits[0].argmax(0), self.progress.step)
+            predictions = predict(self.network, pixel_values[None], tuple(sample["labels"].shape))
+            self.tracking.log_panel(pixel_values, sample["labels"], predictions[0], self.progress.step)
 
     def _save_model(self, name: str) -> None:
         if self.accelerator.is_main_process:

@@ -12,8 +12,8 @@ PACKAGE = REPO / "cityseg_hf"
 # From left to right: nothing imports from a room to its right.
 ORDER = (
     ("errors", "labels"),
-    ("config", "metrics"),
-    ("recipes", "models", "cityscapes_scores"),
+    ("config", "metrics", "pieces"),
+    ("recipes", "models", "cityscapes_scores", "upsampled"),
     ("optim", "cli"),
     ("data",),
     ("losses", "runs", "launch"),

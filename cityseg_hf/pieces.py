@@ -1,0 +1,192 @@
+"""Bilinear upsampling in pieces: which coarse pixels make which fine ones.
+
+By a whole factor s (corners not aligned) it has only s different weights along an axis: the centre of output pixel y
+lies at ``(y + 1/2) / s - 1/2`` between two coarse rows, so the pixels y, y + s, y + 2 s, ... all mix their two
+neighbours in the same proportion. Such a *phase* is one ``lerp`` of the coarse map with itself moved by a row,
+contiguous and without any index. Other factors go through bands of output rows.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TILE = 2**19
+"""Floats of a piece on a CPU, 2 MiB: what the caches of two cores hold. Other devices take an image at a time."""
+
+Size = tuple[int, int]
+
+
+class Phase(NamedTuple):
+    """Every s-th output pixel of an axis: those that mix their coarse neighbours in one proportion.
+
+    Output pixel ``start + s * j`` is ``lerp(p[first + j], p[first + j + 1], weight)`` of the coarse line p with one
+    pixel repeated at both ends.
+    """
+
+    start: int
+    first: int
+    weight: float
+
+
+def phases(factor: int) -> list[Phase]:
+    """The phases of a whole factor, as torch places pixels without aligned corners."""
+    # (y + 1/2) / s + 1/2 in the padded line: for even s halfway between the steps of 1 / s, for odd s on them.
+    shift = (factor + 1) // 2
+    found = []
+    for k in range(factor):
+        first = 0 if k >= shift else 1
+        found.append(Phase(k - shift + first * factor, first, weight_of_step(k, factor)))
+    return found
+
+
+def weight_of_step(step: int, factor: int) -> float:
+    """How far pixel ``step`` of the ``factor`` pixels of a cell is on the way to the cell's second corner."""
+    return (step + 0.5) / factor if factor % 2 == 0 else step / factor
+
+
+class PhasePiece(NamedTuple):
+    """The pixels of one phase in some rows of an image.
+
+    Attributes:
+        lines: ``float32[C, r + 2, w]``: the coarse rows, and one more on each side, upsampled along their length for
+            one phase.
+        rows, columns: which output pixels these are.
+        row: the phase of the rows.
+    """
+
+    lines: Tensor
+    rows: slice
+    columns: slice
+    row: Phase
+
+    def neighbours(self) -> tuple[Tensor, Tensor, float]:
+        """What the logits of these pixels are mixed of: two of ``float32[C, r, w]``, and the share of the second."""
+        count = self.lines.shape[1] - 2
+        top, bottom = (self.lines[:, self.row.first + one : self.row.first + one + count] for one in (0, 1))
+        return top, bottom, self.row.weight
+
+    def scores(self) -> Tensor:
+        """The logits of these pixels: a new ``float32[C, r, w]``."""
+        return lerp(*self.neighbours())
+
+    def of(self, image: Tensor) -> Tensor:
+        """These pixels of a map ``[H, W]``: a view ``[r, w]``."""
+        return image[self.rows, self.columns]
+
+
+class BandPiece(NamedTuple):
+    """A band of output rows, for factors that are not whole.
+
+    Attributes:
+        coarse: ``float32[C, r, w]``: the coarse rows that the band lies between.
+        mix: ``float32[R, r]``: how each row of the band mixes them.
+        first: which coarse row is the first of these.
+        width: of the output.
+        rows: which output rows these are.
+    """
+
+    coarse: Tensor
+    mix: Tensor
+    first: int
+    width: int
+    rows: slice
+
+    def scores(self) -> Tensor:
+        """The logits of these pixels: a new ``float32[C, R, W]``."""
+        size = (self.coarse.shape[1], self.width)
+        lines = F.interpolate(self.coarse[None], size=size, mode="bilinear", align_corners=False)[0]
+        with torch.autocast(lines.device.type, enabled=False):
+            return self.mix @ lines  # [R, r] @ [C, r, W] -> [C, R, W]
+
+    def of(self, image: Tensor) -> Tensor:
+        """These pixels of a map ``[H, W]``: a view ``[R, W]``."""
+        return image[self.rows]
+
+
+def whole_factors(image: Tensor, size: Size) -> Size | None:
+    """By what whole factors ``[C, h, w]`` must grow to a size, if they are whole."""
+    height, width = image.shape[-2:]
+    if size[0] % height or size[1] % width:
+        return None
+    return size[0] // height, size[1] // width
+
+
+def pieces(image: Tensor, size: Size) -> Iterator[PhasePiece | BandPiece]:
+    """Cuts the upsampling of ``float32[C, h, w]`` into pieces that together are each output pixel once."""
+    factors = whole_factors(image, size)
+    if factors is None:
+        yield from band_pieces(image, size)
+        return
+    padded = pad(image)
+    for first, count in bands(image):
+        for column in phases(factors[1]):
+            yield from phase_pieces(along_columns(padded[:, first : first + count + 2], column), first, column, factors)
+
+
+def bands(image: Tensor) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of each band of ``[C, h, w]``."""
+    classes, height, width = image.shape
+    rows = max(1, TILE // (classes * width)) if image.is_cpu else height
+    for first in range(0, height, rows):
+        yield first, min(rows, height - first)
+
+
+def pad(image: Tensor) -> Tensor:
+    """Repeats the pixels at the border once: ``[C, h, w]`` -> ``[C, h + 2, w + 2]``."""
+    return F.pad(image[None], (1, 1, 1, 1), mode="replicate")[0]
+
+
+def along_columns(padded: Tensor, column: Phase) -> Tensor:
+    """Upsamples the rows of a band for one phase: ``[C, r + 2, w + 2]`` -> ``[C, r + 2, w]``."""
+    width = padded.shape[-1] - 2
+    left, right = (padded[..., column.first + one : column.first + one + width] for one in (0, 1))
+    return left if column.weight == 0 else torch.lerp(left, right, column.weight)
+
+
+def phase_pieces(lines: Tensor, first: int, column: Phase, factors: Size) -> Iterator[PhasePiece]:
+    """The pieces of the upsampled rows ``[C, r + 2, w]`` of the band that begins at coarse row ``first``."""
+    count, width = lines.shape[1] - 2, lines.shape[2]
+    columns = slice(column.start, column.start + factors[1] * (width - 1) + 1, factors[1])
+    for row in phases(factors[0]):
+        start = row.start + factors[0] * first
+        yield PhasePiece(lines, slice(start, start + factors[0] * (count - 1) + 1, factors[0]), columns, row)
+
+
+def band_pieces(image: Tensor, size: Size) -> Iterator[BandPiece]:
+    """The pieces of ``[C, h, w]`` for any size, larger or smaller."""
+    classes, height, _ = image.shape
+    # [H, h]: how torch itself mixes the coarse rows, two of them for each output row.
+    eye = torch.eye(height, dtype=image.dtype)
+    mix = F.interpolate(eye[None, None], (size[0], height), mode="bilinear", align_corners=False)[0, 0]
+    rows = max(1, TILE // (classes * size[1])) if image.is_cpu else size[0]
+    for start in range(0, size[0], rows):
+        band = mix[start : start + rows]
+        used = band.any(0).nonzero()
+        first, last = int(used[0]), int(used[-1]) + 1
+        where = slice(start, start + len(band))
+        yield BandPiece(image[:, first:last], band[:, first:last].to(image), first, size[1], where)
+
+
+def lerp(top: Tensor, bottom: Tensor, share: float) -> Tensor:
+    """A new tensor, ``(1 - share) top + share bottom``."""
+    return top.clone() if share == 0 else torch.lerp(top, bottom, share)
+
+
+def add_back(to: Tensor, gradient: Tensor, phase: Phase, axis: int) -> None:
+    """The transpose of a phase's ``lerp``: gives each of two neighbours along an axis its part of the gradient."""
+    count = gradient.shape[axis]
+    to.narrow(axis, phase.first, count).add_(gradient, alpha=1 - phase.weight)
+    if phase.weight:
+        to.narrow(axis, phase.first + 1, count).add_(gradient, alpha=phase.weight)
+
+
+def unpad(padded: Tensor) -> Tensor:
+    """The transpose of ``pad``: what the repeated pixels got goes to those they repeat."""
+    for axis in (1, 2):
+        size = padded.shape[axis]
+        for repeated, pixel in ((0, 1), (size - 1, size - 2)):
+            padded.select(axis, pixel).add_(padded.select(axis, repeated))
+    return padded[:, 1:-1, 1:-1]

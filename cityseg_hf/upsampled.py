@@ -1,0 +1,304 @@
+"""Coarse logits judged at the labels' resolution, without ever holding them at that size.
+
+Networks answer at a stride of 4, 8 or 32. The usual way blows ``[B, 19, h, w]`` up to the labels' size, walks over it
+several times, and is bound by memory. Here it is made and used in pieces that stay in the processor's cache.
+
+Results are those of ``F.interpolate(mode="bilinear")`` followed by ``F.cross_entropy`` or ``argmax``, up to float32's
+rounding.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from cityseg_hf.labels import IGNORE
+from cityseg_hf.pieces import (
+    TILE,
+    Size,
+    add_back,
+    along_columns,
+    band_pieces,
+    bands,
+    lerp,
+    pad,
+    phase_pieces,
+    phases,
+    pieces,
+    unpad,
+    weight_of_step,
+    whole_factors,
+)
+
+MIXED_CELLS = 0.4
+"""Above this share of cells whose corners disagree, looking at each cell of an image costs more than it saves."""
+
+LossOfPiece = Callable[[Tensor, Tensor, float | Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def cross_entropy_sum(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, compiled: bool = False
+) -> Tensor:
+    """The sum of the cross-entropy over all pixels that are not void, at the labels' resolution.
+
+    The gradient is computed on the way, so that nothing but a map of the logits' own size is kept for it.
+
+    Args:
+        logits: ``float[B, C, h, w]``, any stride.
+        labels: ``uint8`` or ``long[B, H, W]``, train ids and ``IGNORE``.
+        weights: ``float32[C]``, one for each class; 1 without.
+        compiled: makes one kernel of a piece's work, with the compiler that ``torch.compile`` finds (a C++ compiler for
+            CPUs, Triton for GPUs).
+
+    Returns:
+        ``float32`` scalar; 0, with zero gradients, where every pixel is void. Differentiable once.
+    """
+    return _CrossEntropySum.apply(logits, labels, weights, _compiled_loss() if compiled else _loss_and_gradient)
+
+
+@torch.no_grad()
+def argmax(logits: Tensor, size: Size) -> Tensor:
+    """The best class of every pixel at a given resolution, the first of equals.
+
+    Args:
+        logits: ``float[B, C, h, w]``, C of at most 255.
+        size: height and width wanted.
+
+    Returns:
+        ``uint8[B, *size]``.
+    """
+    out = torch.empty(len(logits), *size, dtype=torch.uint8, device=logits.device)
+    for image, best in zip(_exact(logits).unbind(), out, strict=True):
+        factors = whole_factors(image, size)
+        if logits.is_cpu and factors not in (None, (1, 1)) and _argmax_of_mixed_cells(image, best, factors):
+            continue
+        for piece in pieces(image, size):
+            piece.of(best).copy_(_first_best(piece.scores()))
+    return out
+
+
+@torch.no_grad()
+def argmax_and_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``argmax`` and ``cross_entropy_sum`` at the resolution of the labels, in one pass and without gradients.
+
+    Args:
+        logits: ``float[B, C, h, w]``.
+        labels: ``uint8`` or ``long[B, H, W]``.
+        weights: ``float32[C]``, of the loss.
+
+    Returns:
+        ``uint8[B, H, W]`` and a ``float32`` scalar.
+    """
+    out = torch.empty_like(labels, dtype=torch.uint8)
+    logits = _exact(logits)
+    total = logits.new_zeros(())
+    for image, label, best in zip(logits.unbind(), labels, out, strict=True):
+        for piece in pieces(image, tuple(label.shape)):
+            scores, mine = piece.scores(), piece.of(label)
+            scores -= scores.amax(0)
+            picked = scores.gather(0, _target(mine, len(scores))[None])[0]
+            total += ((scores.exp().sum(0).log_() - picked) * _weight_of(mine, weights, image.dtype)).sum()
+            piece.of(best).copy_(_first_best(scores))
+    return out, total
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """In float32, or in the float64 of a check."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _weight_of(label: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What each pixel counts: ``uint8`` or ``long[r, w]`` -> ``[r, w]`` of a dtype, 0 for void."""
+    if weights is None:
+        return (label != IGNORE).to(dtype)
+    by_label = F.pad(weights.to(dtype), (0, IGNORE + 1 - len(weights))).to(label.device)
+    return by_label.index_select(0, label.flatten().int()).view(label.shape)
+
+
+def _target(label: Tensor, classes: int) -> Tensor:
+    """Where a pixel's score lies: ``uint8`` or ``long[r, w]`` -> ``long[r, w]``, anything that exists for void."""
+    return label.clamp(max=classes - 1).long()
+
+
+def _first_best(scores: Tensor) -> Tensor:
+    """The first largest of ``float32[C, ...]`` -> ``float32[...]``. Overwrites the scores.
+
+    Twelve times as fast as ``argmax`` over the first axis on a CPU: all steps here run on whole vectors.
+    """
+    classes = len(scores)
+    rank = torch.arange(classes, 0, -1, dtype=scores.dtype, device=scores.device)
+    # 1 where a score is the largest, else 0; then the largest rank is that of the first class that has it.
+    best = scores.ge_(scores.amax(0)).mul_(rank.reshape(-1, *[1] * (scores.ndim - 1))).amax(0)
+    # Logits that are not numbers have no largest: any class but one that does not exist.
+    return classes - best.clamp_(min=1)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        logits: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        loss_of_piece: LossOfPiece,
+    ) -> Tensor:
+        """See ``cross_entropy_sum``."""
+        if not ctx.needs_input_grad[0]:
+            return argmax_and_loss(logits, labels, weights)[1]
+        # float[B, C, h, w], as the logits: written once, image by image.
+        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        total = _exact(logits.new_zeros(()))
+        for image, label, mine in zip(logits.unbind(), labels, gradient, strict=True):
+            whole = whole_factors(image, tuple(label.shape)) is not None
+            loss, slope = (_by_phases if whole else _by_bands)(_exact(image), label, weights, loss_of_piece)
+            total += loss
+            mine.copy_(slope)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        # The factor of the mean, or of a gradient scaler: float32 until the product, whatever the logits are.
+        return (gradient * upstream).to(gradient.dtype), None, None, None
+
+
+def _loss_and_gradient(
+    top: Tensor, bottom: Tensor, share: float, target: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss of a piece, summed, and its gradient by the scores.
+
+    Args:
+        top, bottom, share: the scores are ``lerp(top, bottom, share)``, ``float32[C, r, w]``.
+        target: ``long[r, w]``.
+        weight: ``float32[r, w]``, what each pixel counts.
+
+    Returns:
+        ``float32`` scalar and ``float32[C, r, w]``.
+    """
+    scores = lerp(top, bottom, share)
+    scores -= scores.amax(0)
+    picked = scores.gather(0, target[None])[0]
+    norm = scores.exp_().sum(0)
+    # softmax - one-hot, each pixel times its weight.
+    scores *= weight / norm
+    scores.scatter_add_(0, target[None], -weight[None])
+    return ((norm.log_() - picked) * weight).sum(), scores
+
+
+@functools.cache
+def _compiled_loss() -> LossOfPiece:
+    """``_loss_and_gradient`` as one kernel: nothing is written in place, and no index is followed."""
+
+    def loss_and_gradient(top: Tensor, bottom: Tensor, share: Tensor, target: Tensor, weight: Tensor):
+        scores = torch.lerp(top, bottom, share)
+        scores = scores - scores.amax(0)
+        exponents = scores.exp()
+        norm = exponents.sum(0)
+        hot = torch.arange(len(scores), device=scores.device)[:, None, None] == target
+        picked = torch.where(hot, scores, 0.0).sum(0)
+        gradient = exponents * (weight / norm) - torch.where(hot, weight, 0.0)
+        return ((norm.log() - picked) * weight).sum(), gradient
+
+    kernel = torch.compile(loss_and_gradient, dynamic=True)
+    # A share that is a tensor is no reason to compile anew.
+    return lambda top, bottom, share, target, weight: kernel(top, bottom, top.new_tensor(share), target, weight)
+
+
+def _by_phases(
+    image: Tensor, label: Tensor, weights: Tensor | None, loss_of_piece: LossOfPiece
+) -> tuple[Tensor, Tensor]:
+    """The loss of one image ``float32[C, h, w]`` and its gradient, for whole factors."""
+    factors = whole_factors(image, tuple(label.shape))
+    padded, total = pad(image), image.new_zeros(())
+    gradient = torch.zeros_like(padded)
+    for first, count in bands(image):
+        band, band_gradient = (whole[:, first : first + count + 2] for whole in (padded, gradient))
+        for column in phases(factors[1]):
+            lines = along_columns(band, column)
+            lines_gradient = torch.zeros_like(lines)
+            for piece in phase_pieces(lines, first, column, factors):
+                mine = piece.of(label)
+                loss, slope = loss_of_piece(
+                    *piece.neighbours(), _target(mine, len(image)), _weight_of(mine, weights, image.dtype)
+                )
+                total += loss
+                add_back(lines_gradient, slope, piece.row, axis=1)
+            add_back(band_gradient, lines_gradient, column, axis=2)
+    return total, unpad(gradient)
+
+
+def _by_bands(
+    image: Tensor, label: Tensor, weights: Tensor | None, loss_of_piece: LossOfPiece
+) -> tuple[Tensor, Tensor]:
+    """The loss of one image ``float32[C, h, w]`` and its gradient, for any factors."""
+    total, gradient = image.new_zeros(()), torch.zeros_like(image)
+    for piece in band_pieces(image, tuple(label.shape)):
+        coarse = piece.coarse.detach().requires_grad_()
+        with torch.enable_grad():
+            scores = piece._replace(coarse=coarse).scores()
+        mine, values = piece.of(label), scores.detach()
+        loss, slope = loss_of_piece(
+            values, values, 0.0, _target(mine, len(image)), _weight_of(mine, weights, image.dtype)
+        )
+        total += loss
+        (part,) = torch.autograd.grad(scores, coarse, slope)
+        gradient[:, piece.first : piece.first + part.shape[1]] += part
+    return total, gradient
+
+
+def _argmax_of_mixed_cells(image: Tensor, out: Tensor, factors: Size) -> bool:
+    """``argmax`` of one image on a CPU by looking closely only where that can matter.
+
+    Between four coarse pixels with the same best class that class is the best: each score there is a mean of the four
+    corners' with the same weights. Of a street's cells, nine in ten are like that.
+
+    Args:
+        image: ``float32[C, h, w]``.
+        out: ``uint8[H, W]``: is written to.
+        factors: by how much it is larger.
+
+    Returns:
+        Whether it was done; not where too many cells have corners that disagree.
+    """
+    # uint8[h + 2, w + 2]
+    best = pad(_first_best(image.clone())[None])[0].to(torch.uint8)
+    corner = best[:-1, :-1]  # [h + 1, w + 1]: the cells, each by its upper left pixel
+    mixed = (corner != best[:-1, 1:]) | (corner != best[1:, :-1]) | (corner != best[1:, 1:])
+    cells = mixed.flatten().nonzero()[:, 0]
+    if len(cells) > MIXED_CELLS * mixed.numel():
+        return False
+    # uint8[h + 1, s, w + 1, s] -> [(h + 1) s, (w + 1) s]: the image, and half a cell around it.
+    wide = corner[:, None, :, None].expand(-1, factors[0], -1, factors[1]).flatten(2).flatten(0, 1)
+    _write_mixed_cells(pad(image), cells, wide.flatten(), factors)
+    top, left = ((factor + 1) // 2 for factor in factors)
+    out.copy_(wide[top : top + out.shape[0], left : left + out.shape[1]])
+    return True
+
+
+def _write_mixed_cells(padded: Tensor, cells: Tensor, wide: Tensor, factors: Size) -> None:
+    """Writes the best classes of the pixels of some cells.
+
+    Args:
+        padded: ``float32[C, h + 2, w + 2]``.
+        cells: ``long[P]``, numbers of cells, ``h + 1`` rows of ``w + 1``.
+        wide: ``uint8[(h + 1) * s * (w + 1) * s]``: is written to.
+        factors: rows and columns that a cell becomes.
+    """
+    classes, _, line = padded.shape
+    flat = padded.flatten(1)
+    for some in cells.split(max(1, TILE // classes)):
+        row, column = some // (line - 1), some % (line - 1)
+        corner = row * line + column
+        corners = [flat[:, corner + step] for step in (0, 1, line, line + 1)]  # four of [C, P]
+        place = row * (factors[0] * (line - 1) * factors[1]) + column * factors[1]
+        for x in range(factors[1]):
+            across = weight_of_step(x, factors[1])
+            top, bottom = torch.lerp(corners[0], corners[1], across), torch.lerp(corners[2], corners[3], across)
+            for y in range(factors[0]):
+                found = _first_best(torch.lerp(top, bottom, weight_of_step(y, factors[0]))).to(torch.uint8)
+                wide[place + (y * (line - 1) * factors[1] + x)] = found
