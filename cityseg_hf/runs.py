@@ -6,14 +6,15 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import datasets
 from accelerate import Accelerator
 
 from cityseg_hf.config import Config
+from cityseg_hf.data.sources import Source
 from cityseg_hf.errors import UserError
 
 PACKAGES = ("cityseg_hf", "torch", "torchvision", "accelerate", "transformers", "datasets", "numpy")
@@ -101,7 +102,7 @@ def replace_file(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def describe_run(config: Config, accelerator: Accelerator, rows: datasets.DatasetDict) -> dict[str, Any]:
+def describe_run(config: Config, accelerator: Accelerator, sources: Mapping[str, Source]) -> dict[str, Any]:
     """The content of ``run.json``: all that is needed to know what a run was. No secrets: no environment."""
     settings = config.settings()
     settings.pop("base_dataset_path")  # where the data lies may change; what it is may not: the fingerprint says
@@ -110,17 +111,17 @@ def describe_run(config: Config, accelerator: Accelerator, rows: datasets.Datase
         "arguments": config.to_dict(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git_commit": _git_commit(),
-        "data_fingerprint": fingerprint(rows),
-        "images": {split: len(found) for split, found in rows.items()},
+        "data_fingerprint": fingerprint(sources),
+        "images": {split: len(source) for split, source in sources.items()},
         "device": str(accelerator.device),
         "precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
     }
 
 
-def fingerprint(rows: datasets.DatasetDict) -> str:
+def fingerprint(sources: Mapping[str, Source]) -> str:
     """A hash of which images are in which split (names, not pixels)."""
-    names = {split: list(found["name"]) for split, found in rows.items()}
+    names = {split: source.names for split, source in sources.items()}
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -15,7 +14,6 @@ from transformers import PreTrainedModel
 
 from cityseg_hf import checkpoint as ckpt
 from cityseg_hf.config import Config
-from cityseg_hf.data.cityscapes import count_pixels, selection_split, test_split
 from cityseg_hf.data.loading import (
     SegmentationDataset,
     TrainBatches,
@@ -24,6 +22,7 @@ from cityseg_hf.data.loading import (
     random_seed,
     to_device,
 )
+from cityseg_hf.data.sources import Source, selection_split, test_split
 from cityseg_hf.data.transforms import EvalTransform, TrainTransform
 from cityseg_hf.errors import Stopped
 from cityseg_hf.evaluation import evaluate, evaluation_loader
@@ -44,7 +43,7 @@ class Trainer:
         config: all settings.
         accelerator: from ``launch.make_accelerator``.
         model: with its initial weights.
-        rows: ``train``, ``val`` and perhaps ``holdout`` and ``test``, from ``load_cityscapes``.
+        sources: ``train``, ``val`` and perhaps ``holdout`` and ``test``.
         image_size: the height and width whole images are resized to.
         run: the opened run folder.
     """
@@ -54,17 +53,17 @@ class Trainer:
         config: Config,
         accelerator: Accelerator,
         model: PreTrainedModel,
-        rows: datasets.DatasetDict,
+        sources: dict[str, Source],
         image_size: tuple[int, int],
         run: RunFolder,
     ) -> None:
-        self.config, self.accelerator, self.rows, self.run = config, accelerator, rows, run
+        self.config, self.accelerator, self.sources, self.run = config, accelerator, sources, run
         self.image_size, self.processor = image_size, ckpt.image_processor(image_size)
         self.train_set = SegmentationDataset(
-            rows["train"], TrainTransform(config.data, image_size), seed=config.train.seed
+            sources["train"], TrainTransform(config.data, image_size), seed=config.train.seed
         )
         # Looked up now: a fault of the test labels must not cost a training.
-        self.test_split = test_split(rows)
+        self.test_split = test_split(sources)
         self.progress = ckpt.Progress()
         batches = self._batches()
         self.plan = Plan.of(config.train, batches.steps_per_epoch)
@@ -84,7 +83,7 @@ class Trainer:
         optimizer = make_optimizer(model, config.optim)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(config.optim, self.plan))
         weighted = config.train.class_weights == "enet"
-        self.class_weights = class_weights(count_pixels(rows["train"])) if weighted else None
+        self.class_weights = class_weights(sources["train"].count_pixels()) if weighted else None
         criterion = Criterion(model, config.train.auxiliary_loss_weight, self.class_weights)
         self.criterion, self.optimizer = accelerator.prepare(criterion, optimizer)
         # All state that a run goes on from is registered here, once; weights and optimiser were by prepare().
@@ -183,7 +182,7 @@ class Trainer:
         return total
 
     def _validate(self) -> None:
-        split, step = selection_split(self.rows), self.progress.step
+        split, step = selection_split(self.sources), self.progress.step
         self._share_buffers()
         loader = self._evaluation_loader(split)
         scores = dict(evaluate(self.network, loader, title=split))
@@ -207,7 +206,7 @@ class Trainer:
                 broadcast(buffer)
 
     def _evaluation_loader(self, split: str) -> DataLoader:
-        dataset = SegmentationDataset(self.rows[split], EvalTransform(self.image_size), instances=True)
+        dataset = SegmentationDataset(self.sources[split], EvalTransform(self.image_size), instances=True)
         return evaluation_loader(
             dataset, batch_size=self.config.train.batch_size, num_workers=self.config.run.num_workers
         )

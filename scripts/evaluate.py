@@ -5,14 +5,13 @@ python scripts/evaluate.py --model saved_models/RUN/best_miou -d cityscapes_data
 
 from pathlib import Path
 
-import datasets
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
 from cityseg_hf import UserError, load_cityscapes
 from cityseg_hf.cli import Parser, exit_with
-from cityseg_hf.data.cityscapes import has_labels
 from cityseg_hf.data.loading import SegmentationDataset
+from cityseg_hf.data.sources import FileSource, Source
 from cityseg_hf.data.transforms import EvalTransform
 from cityseg_hf.evaluation import evaluate, evaluation_loader
 from cityseg_hf.inference import load_model_folder, processor_size
@@ -34,16 +33,17 @@ def parser() -> Parser:
     return flags
 
 
-def labelled_rows(root: str, split: str, holdout_cities: list[str] | None) -> datasets.Dataset:
-    """The rows of a split that can be judged."""
+def labelled_split(root: str, split: str, holdout_cities: list[str] | None) -> Source:
+    """A split that can be judged."""
     rows = load_cityscapes(root, holdout_cities=holdout_cities)
     if split == "holdout" and split not in rows:
         raise UserError("--split holdout needs --holdout_cities")
     if split not in rows:
         raise UserError(f"{root} has no images in leftImg8bit/{split}; it has {', '.join(rows)}")
-    if not has_labels(rows[split]):
+    source = FileSource(rows[split])
+    if not source.has_labels():
         raise UserError(f"the {split} split of {root} has no labels to judge by: only the benchmark server has them")
-    return rows[split]
+    return source
 
 
 def print_table(scores: dict[str, float | None]) -> None:
@@ -65,10 +65,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {args.output}: there is no folder {Path(args.output).resolve().parent}")
     transformers_logging.disable_progress_bar()
     state = PartialState()
-    rows = labelled_rows(args.base_dataset_path, args.split, args.holdout_cities)
+    source = labelled_split(args.base_dataset_path, args.split, args.holdout_cities)
     model, processor = load_model_folder(args.model)
     size = processor_size(processor)
-    dataset = SegmentationDataset(rows, EvalTransform(size), instances=True)
+    dataset = SegmentationDataset(source, EvalTransform(size), instances=True)
     # Images that keep their own sizes cannot be stacked.
     batch_size = 1 if size is None else args.batch_size
     loader = evaluation_loader(dataset, batch_size=batch_size, num_workers=args.num_workers)

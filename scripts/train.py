@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from cityseg_hf import PRESETS, build_model, load_cityscapes, make_synthetic
 from cityseg_hf.cli import exit_with, parse_train_args
 from cityseg_hf.config import Config
-from cityseg_hf.data.loading import image_size_of
+from cityseg_hf.data.sources import file_sources, image_size_of
 from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.hub import push_model_folder
 from cityseg_hf.launch import make_accelerator
@@ -88,11 +88,11 @@ def main(argv: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(config)
     root = data_root(config, accelerator)
-    rows = load_cityscapes(root, holdout_cities=config.data.holdout_cities)
+    sources = file_sources(load_cityscapes(root, holdout_cities=config.data.holdout_cities))
     for split in ("train", "val"):
-        if split not in rows:
+        if split not in sources:
             raise UserError(f"{root} has no images in leftImg8bit/{split}")
-    image_size = tuple(config.data.image_size or image_size_of(rows["train"]))
+    image_size = tuple(config.data.image_size or image_size_of(sources["train"]))
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, image_size=list(image_size), base_dataset_path=str(root)),
@@ -105,13 +105,13 @@ def main(argv: list[str]) -> int:
     model = build_model(config.model.model_type, init_from=config.model.init_from, **settings)
     folder = Path(config.run.save_model_path) / config.run_name(accelerator.num_processes)
     run = RunFolder(folder, accelerator.is_main_process)
-    run.open(describe_run(config, accelerator, rows))
+    run.open(describe_run(config, accelerator, sources))
     accelerator.wait_for_everyone()
     accelerator.print(f"run folder: {folder}")
     if run.finished:
         accelerator.print("this run is finished: see results.json")
         return share(config, accelerator, folder)
-    results = Trainer(config, accelerator, model, rows, image_size, run).fit()
+    results = Trainer(config, accelerator, model, sources, image_size, run).fit()
     for name, scores in results.items():
         line = ", ".join(
             f"{key} {value:.4f}" for key, value in scores.items() if key.count("/") == 1 and value is not None

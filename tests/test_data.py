@@ -20,7 +20,6 @@ from torch import Tensor
 from cityseg_hf import load_cityscapes
 from cityseg_hf.config import DataConfig
 from cityseg_hf.data.cityscapes import (
-    has_labels,
     instance_path,
     read_bytes,
     read_image,
@@ -32,11 +31,11 @@ from cityseg_hf.data.loading import (
     EvalBatches,
     SegmentationDataset,
     TrainBatches,
-    image_size_of,
     make_loader,
     raise_errors,
     seeded,
 )
+from cityseg_hf.data.sources import FileSource, image_size_of
 from cityseg_hf.data.transforms import EvalTransform, TrainTransform
 from cityseg_hf.errors import UserError
 from cityseg_hf.labels import IGNORE, LABELS
@@ -96,6 +95,11 @@ def raw_paths(rows: datasets.Dataset) -> list[tuple[str, str]]:
     return [(row["image"]["path"], row["label"]["path"]) for row in plain]
 
 
+def read_split(root: Path, split: str) -> FileSource:
+    """A split as the loader reads it."""
+    return FileSource(load_cityscapes(root)[split])
+
+
 def assert_one_line(error: pytest.ExceptionInfo[UserError], *words: object) -> None:
     """The message is a single line that holds the words."""
     message = str(error.value)
@@ -141,14 +145,16 @@ def test_a_tree_becomes_rows(streets: Path) -> None:
                 assert np.array_equal(np.array(row["image"]), np.array(image))
                 # Raw labelIds, as they lie on the disk.
                 assert row["label"].mode == "L" and np.array_equal(np.array(row["label"]), np.array(label))
-    assert image_size_of(splits["train"]) == SIZE and image_size_of(splits["train"], (32, 64)) == (32, 64)
+    assert image_size_of(FileSource(splits["train"])) == SIZE and image_size_of(
+        FileSource(splits["train"]), (32, 64)
+    ) == (32, 64)
 
 
 def test_labelids_are_all_that_is_needed(streets: Path, tmp_path: Path) -> None:
     """The original read labelTrainIds, which the download does not have."""
     assert not list(streets.rglob("*labelTrainIds*"))
     write_pair(tmp_path, "train", "ulm_0_0", *noise((24, 32)))
-    sample = SegmentationDataset(load_cityscapes(tmp_path)["train"], EvalTransform((24, 32)), instances=True)[(0, 0)]
+    sample = SegmentationDataset(read_split(tmp_path, "train"), EvalTransform((24, 32)), instances=True)[(0, 0)]
     assert sample["instances"] is None and sample["labels"].unique().tolist() == [*range(19), IGNORE]
 
 
@@ -198,7 +204,7 @@ def test_two_workers_read_the_zips(streets: Path, zips: Path) -> None:
     """The archives are open here before the workers are forked: they must not share a file position."""
     batches = []
     for root, workers in ((streets, 0), (zips, 2)):
-        dataset = SegmentationDataset(load_cityscapes(root)["train"], EvalTransform(SIZE), instances=True)
+        dataset = SegmentationDataset(read_split(root, "train"), EvalTransform(SIZE), instances=True)
         _ = dataset[(0, 0)]
         loader = make_loader(dataset, EvalBatches(len(dataset), batch_size=2), num_workers=workers)
         batches.append(list(raise_errors(loader)))
@@ -248,8 +254,8 @@ def test_a_test_split_of_void_has_no_labels(streets: Path, tmp_path: Path) -> No
     for index in range(3):
         void = np.array([[1, 3], [0, 4]], np.uint8).repeat(4, 0).repeat(4, 1)
         write_pair(tmp_path, "test", f"berlin_{index}_0", noise((8, 8))[0], void)
-    assert has_labels(load_cityscapes(tmp_path)["test"]) is False
-    assert has_labels(load_cityscapes(streets)["test"]) is True
+    assert read_split(tmp_path, "test").has_labels() is False
+    assert read_split(streets, "test").has_labels() is True
 
 
 def test_test_images_need_no_labels(tmp_path: Path) -> None:
@@ -257,7 +263,7 @@ def test_test_images_need_no_labels(tmp_path: Path) -> None:
     for index in range(2):
         write_pair(tmp_path, "test", f"berlin_{index}_0", noise((8, 8))[0], None)
     rows = load_cityscapes(tmp_path)["test"]
-    assert rows["label"][:] == [None, None] and has_labels(rows) is False
+    assert rows["label"][:] == [None, None] and FileSource(rows).has_labels() is False
     assert np.array(rows[0]["image"]).shape == (8, 8, 3)
 
 
@@ -419,7 +425,7 @@ def test_a_fault_in_a_worker_arrives_as_one_line(suffix: str, workers: int, stre
         shutil.copytree(streets / kind / "val", root / kind / "val")
     broken = sorted(root.rglob(f"*_{suffix}.png"))[3]
     break_file(broken)
-    dataset = SegmentationDataset(load_cityscapes(root)["val"], EvalTransform(SIZE), instances=True)
+    dataset = SegmentationDataset(read_split(root, "val"), EvalTransform(SIZE), instances=True)
     loader = make_loader(dataset, EvalBatches(len(dataset), batch_size=2), num_workers=workers)
     with pytest.raises(UserError) as error:
         list(raise_errors(loader))
@@ -433,7 +439,7 @@ def test_an_instance_map_of_another_size(streets: Path, tmp_path: Path) -> None:
         shutil.copytree(streets / kind / "val", root / kind / "val")
     broken = sorted(root.rglob("*_gtFine_instanceIds.png"))[0]
     Image.fromarray(np.zeros((32, 64), np.uint16)).save(broken)
-    dataset = SegmentationDataset(load_cityscapes(root)["val"], EvalTransform(SIZE), instances=True)
+    dataset = SegmentationDataset(read_split(root, "val"), EvalTransform(SIZE), instances=True)
     with pytest.raises(UserError) as error:
         list(raise_errors(make_loader(dataset, EvalBatches(len(dataset), batch_size=2), num_workers=0)))
     assert_one_line(error, broken)
@@ -521,7 +527,7 @@ def test_evaluation_sees_every_image_once(length: int, world: int) -> None:
 def make_dataset(streets: Path, augmentation: str, seed: int = 3) -> SegmentationDataset:
     """The training split with an augmentation."""
     config = DataConfig(augmentation=augmentation, crop_size=[48, 64] if augmentation == "standard" else None)
-    return SegmentationDataset(load_cityscapes(streets)["train"], TrainTransform(config, SIZE), seed=seed)
+    return SegmentationDataset(read_split(streets, "train"), TrainTransform(config, SIZE), seed=seed)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -604,7 +610,7 @@ def test_workers_do_not_change_a_sample(augmentation: str, streets: Path) -> Non
 def test_labels_of_several_sizes_stay_apart(tmp_path: Path) -> None:
     for index, size in enumerate([(24, 32), (17, 41)]):
         write_pair(tmp_path, "val", f"ulm_{index}_0", *noise(size))
-    dataset = SegmentationDataset(load_cityscapes(tmp_path)["val"], EvalTransform((16, 32)))
+    dataset = SegmentationDataset(read_split(tmp_path, "val"), EvalTransform((16, 32)))
     (batch,) = raise_errors(make_loader(dataset, EvalBatches(2, batch_size=2), num_workers=0))
     assert batch["pixel_values"].shape == (2, 3, 16, 32)
     assert [tuple(label.shape) for label in batch["labels"]] == [(24, 32), (17, 41)]

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from cityseg_hf import UserError, load_cityscapes
 from cityseg_hf.checkpoint import Progress
-from cityseg_hf.data.cityscapes import count_pixels
+from cityseg_hf.data.sources import FileSource
 from cityseg_hf.errors import Stopped
 from cityseg_hf.labels import CLASS_NAMES, ID_TO_TRAIN_ID
 from cityseg_hf.runs import RunFolder
@@ -263,7 +263,7 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
 def test_class_weights_are_counted_from_the_training_labels(streets: Path) -> None:
     rows = load_cityscapes(streets)["train"]
     expected = sum(np.bincount(ID_TO_TRAIN_ID[np.asarray(label)].ravel(), minlength=256) for label in rows["label"])
-    np.testing.assert_array_equal(count_pixels(rows), expected[:19])
+    np.testing.assert_array_equal(FileSource(rows).count_pixels(), expected[:19])
 
 
 def test_a_broken_first_image_is_one_line(run_train: RunTrain, streets: Path, tmp_path: Path) -> None:

@@ -10,15 +10,12 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from cityseg_hf import labels
 from cityseg_hf.errors import UserError
@@ -251,31 +248,3 @@ def read_instances(path: str, size: tuple[int, ...] | None = None) -> np.ndarray
         shapes = ["x".join(map(str, shape)) for shape in (instances.shape, size)]
         raise UserError(f"{path} is {shapes[0]}, but its label is {shapes[1]}")
     return instances
-
-
-def count_pixels(rows: datasets.Dataset) -> Tensor:
-    """``int64[19]``: how many pixels of each class the labels of a split hold. Reads every label once.
-
-    Raises:
-        UserError: a label cannot be read.
-    """
-    paths = [label["path"] for label in rows.cast_column("label", datasets.Image(decode=False))["label"]]
-    with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock alone
-        counts = pool.map(lambda path: np.bincount(read_label(path).ravel(), minlength=256), paths)
-        return torch.from_numpy(sum(counts)[: labels.NUM_CLASSES])
-
-
-def has_labels(rows: datasets.Dataset) -> bool:
-    """Whether a split can be judged: the official test split has labels in name only, all of them void."""
-    paths = [label["path"] for label in rows.cast_column("label", datasets.Image(decode=False))["label"][:8] if label]
-    return any((read_label(path) != labels.IGNORE).any() for path in paths)
-
-
-def selection_split(rows: datasets.DatasetDict) -> str:
-    """The split that chooses the best model: the held-out cities where there are any, else ``val``."""
-    return "holdout" if "holdout" in rows else "val"
-
-
-def test_split(rows: datasets.DatasetDict) -> str:
-    """The split that judges the final models: ``test`` where its labels say something, else ``val``."""
-    return "test" if "test" in rows and has_labels(rows["test"]) else "val"

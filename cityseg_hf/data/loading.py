@@ -1,17 +1,16 @@
-"""Rows -> samples -> batches, in an order and with an augmentation that depend on nothing but (seed, epoch, index)."""
+"""Source -> samples -> batches; order and augmentation depend on nothing but (seed, epoch, index)."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cityseg_hf.data.cityscapes import instance_path, read_image, read_instances, read_pair
+from cityseg_hf.data.sources import Source
 from cityseg_hf.data.transforms import Transform
 from cityseg_hf.errors import LocalFault, UserError
 
@@ -38,43 +37,34 @@ class SegmentationDataset(Dataset):
     """Samples of a split, by ``(epoch, index)``.
 
     Args:
-        rows: one split of ``load_cityscapes``.
+        source: where images and labels are read from.
         transform: what makes a sample of a decoded pair.
         seed: the run's seed.
         instances: also read the ``instanceIds`` maps (``None`` for images that have none).
     """
 
-    def __init__(self, rows: datasets.Dataset, transform: Transform, *, seed: int = 0, instances: bool = False) -> None:
-        # Paths only: the rows stay encoded, and workers decode.
-        raw = rows.cast_column("image", datasets.Image(decode=False)).cast_column("label", datasets.Image(decode=False))
-        self.image_paths = [image["path"] for image in raw["image"]]
-        self.label_paths = [label["path"] for label in raw["label"]]
-        self.names = list(rows["name"])
-        self.transform, self.seed, self.instances = transform, seed, instances
+    def __init__(self, source: Source, transform: Transform, *, seed: int = 0, instances: bool = False) -> None:
+        self.source, self.transform, self.seed, self.instances = source, transform, seed, instances
 
     def __len__(self) -> int:
-        return len(self.image_paths)
+        return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         try:
-            image, label = read_pair(self.image_paths[index], self.label_paths[index])
-            instances = self._read_instances(index, label.shape) if self.instances else None
+            image, label = self.source.read(index)
+            instances = self.source.read_instances(index, label.shape) if self.instances else None
         except UserError as error:
             # Raised in a worker it would come back wrapped in a traceback: it travels as a sample instead.
             return {"error": str(error)}
         with seeded(self.seed, epoch, index):
-            # uint8[H, W, 3] -> uint8[3, H, W]
+            # uint8[H, W, 3] -> uint8[3, H, W]. Copies: what a source gives may be read-only.
             pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
-            pixel_values, train_ids = self.transform(pixels, torch.from_numpy(label))
+            pixel_values, train_ids = self.transform(pixels, torch.from_numpy(label.copy()))
         sample = {"pixel_values": pixel_values, "labels": train_ids, "key": (self.seed, epoch, index)}
         if self.instances:
-            sample["instances"] = instances
+            sample["instances"] = None if instances is None else torch.from_numpy(instances)
         return sample
-
-    def _read_instances(self, index: int, size: tuple[int, ...]) -> Tensor | None:
-        path = instance_path(self.label_paths[index])
-        return None if path is None else torch.from_numpy(read_instances(path, size))
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -196,13 +186,6 @@ def _start_worker(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def image_size_of(rows: datasets.Dataset, default: tuple[int, int] = (512, 1024)) -> tuple[int, int]:
-    """``default``, or the size of the split's first image where that has fewer pixels."""
-    first = rows.cast_column("image", datasets.Image(decode=False))[0]["image"]["path"]
-    height, width = read_image(first).shape[:2]
-    return (height, width) if height * width < default[0] * default[1] else default
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
