@@ -38,6 +38,13 @@ setup(
             "tensorboard>=2.18",
             "trackio>=0.5",
         ],
+        # The peers of scripts/benchmark.py; albumentations is what transformers' example augments with.
+        "bench": [
+            "segmentation-models-pytorch>=0.5",
+            "torchmetrics>=1.8",
+            "albumentations>=2.0",
+            "cityscapesscripts>=2.2",
+        ],
         "trackers": ["tensorboard>=2.18", "trackio>=0.5"],
     },
 )

@@ -37,7 +37,7 @@ def make_accelerator(config: Config) -> Accelerator:
         raise UserError(f"accelerate cannot start: {one_line(error)}") from None
     check_world(accelerator)
     if accelerator.device.type == "cpu":
-        _use_cpu_well()
+        use_cpu_well()
     return accelerator
 
 
@@ -46,7 +46,7 @@ def _handlers(config: Config) -> list[KwargsHandler]:
     return [] if config.model.model_type in PRESETS else [DistributedDataParallelKwargs(find_unused_parameters=True)]
 
 
-def _use_cpu_well() -> None:
+def use_cpu_well() -> None:
     """Gives this process its share of the cores, and lets it keep the memory it frees.
 
     ``accelerate launch`` sets OMP_NUM_THREADS=1 unless the user has set it, whatever the number of cores. And glibc

@@ -110,7 +110,7 @@ def describe_run(config: Config, accelerator: Accelerator, sources: Mapping[str,
         "settings": json.loads(json.dumps(settings)),
         "arguments": config.to_dict(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "data_fingerprint": fingerprint(sources),
         "images": {split: len(source) for split, source in sources.items()},
         "device": str(accelerator.device),
@@ -132,7 +132,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from."""
     here = Path(__file__).parent
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)

@@ -20,7 +20,7 @@ ORDER = (
     ("inference", "checkpoint"),
     ("evaluation", "hub", "tracking"),
     ("reporting",),
-    ("training",),
+    ("training", "benchmark"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 

@@ -1,0 +1,1 @@
+"""This project and its peers, measured alternating in one run: ``scripts/benchmark.py``."""

@@ -1,0 +1,82 @@
+"""One training sample, on one core: from the files to normalised pixels and train ids."""
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import datasets
+import torch
+from torch.utils.data import Dataset
+
+from cityseg_hf.benchmark.options import Options
+from cityseg_hf.benchmark.pipelines import read_all, torchvision_reference, transformers_example
+from cityseg_hf.benchmark.timing import Contender, Group
+from cityseg_hf.config import DataConfig
+from cityseg_hf.data.cityscapes import load_cityscapes
+from cityseg_hf.data.loading import SegmentationDataset
+from cityseg_hf.data.sources import FileSource
+from cityseg_hf.data.synthetic import make_synthetic
+from cityseg_hf.data.transforms import TrainTransform
+from cityseg_hf.errors import UserError
+
+IMAGES = 8
+"""How many images are read in turn; a round reads each of them once."""
+
+WORK = {
+    "flip": "whole image resized, flipped",
+    "standard": "random crop, flipped (ours and torchvision also scale; ours also distorts colours)",
+}
+"""What the two augmentations that peers have too do."""
+
+
+def groups(options: Options) -> Iterator[Group]:
+    """Whole images and random crops."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = _rows(options)
+        height, width = options.size
+        for augmentation, work in WORK.items():
+            crop = augmentation == "standard"
+            contenders = _ours(options, rows, augmentation)
+            contenders.append(_theirs("torchvision reference", rows, torchvision_reference(options.size, crop=crop)))
+            if options.peers:
+                note = "crops without scaling" if crop else ""
+                pipeline = transformers_example(options.size, crop=crop)
+                contenders.append(_theirs("transformers example", rows, pipeline, note))
+            yield Group(f"one sample of {height}x{width} on one core: {work}", contenders)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(options: Options) -> datasets.Dataset:
+    root = options.root
+    if root is None:
+        root = options.folder / "streets"
+        # As large against the samples as the images of Cityscapes are.
+        size = (2 * options.size[0], 2 * options.size[1])
+        make_synthetic(root, train=IMAGES // 2, val=0, test=0, size=size)
+    rows = load_cityscapes(root)
+    if "train" not in rows:
+        raise UserError(f"{root} has no images in leftImg8bit/train")
+    return rows["train"].select(range(min(IMAGES, len(rows["train"]))))
+
+
+def _theirs(name: str, rows: datasets.Dataset, pipeline: Callable, note: str = "") -> Contender:
+    return Contender(name, read_all(rows, pipeline), note=note, pieces=len(rows))
+
+
+def _ours(options: Options, rows: datasets.Dataset, augmentation: str) -> list[Contender]:
+    transform = TrainTransform(DataConfig(augmentation=augmentation), options.size)
+    dataset = SegmentationDataset(FileSource(rows), transform)
+    return [Contender("cityseg_hf", _epoch_by_epoch(dataset), ours=True, pieces=len(rows))]
+
+
+def _epoch_by_epoch(dataset: Dataset) -> Callable[[], None]:
+    epochs = count()
+
+    def run() -> None:
+        epoch = next(epochs)  # another augmentation each time, as in training
+        for index in range(len(dataset)):
+            dataset[(epoch, index)]
+
+    return run

@@ -1,0 +1,93 @@
+"""The whole optimiser step: forward, loss, backward, AdamW. Ours as in the loop, the peers' as in their examples."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cityseg_hf.benchmark.options import Options
+from cityseg_hf.benchmark.peers import Peer, peers_of
+from cityseg_hf.benchmark.timing import Contender, Group
+from cityseg_hf.config import OptimConfig
+from cityseg_hf.labels import IGNORE, NUM_CLASSES
+from cityseg_hf.losses import Criterion, count_valid
+from cityseg_hf.optim import make_optimizer
+
+LEARNING_RATE = 1e-4
+
+
+class Batch(NamedTuple):
+    """``float[B, 3, H, W]`` and ``long[B, H, W]``."""
+
+    pixel_values: Tensor
+    labels: Tensor
+
+
+def groups(options: Options) -> Iterator[Group]:
+    """A group for each network."""
+    height, width = options.size
+    batch = random_batch(options)
+    for name in options.models:
+        ours = options.build(name)
+        steps = [("cityseg_hf", "", True, our_step(ours, batch))]
+        steps += [(p.name, p.note, False, peer_step(p, batch)) for p in peers_of(ours, extra=options.peers)]
+        contenders = [
+            Contender(title, _under(options, precision, step), ours=is_ours, precision=precision, note=note)
+            for precision in options.precisions
+            for title, note, is_ours, step in steps
+        ]
+        title = f"{name}: optimiser step, {options.batch_size} x {height}x{width}"
+        yield Group(title, contenders, memory=True)
+
+
+def random_batch(options: Options) -> Batch:
+    """Noise for images, random blocks of classes (with some void) for labels."""
+    height, width = options.size
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(options.batch_size, 3, height, width, generator=generator)
+    # [B, 1, h, w] blocks of 32 pixels -> [B, H, W]
+    cells = (options.batch_size, 1, -(-height // 32), -(-width // 32))
+    blocks = torch.randint(NUM_CLASSES + 1, cells, generator=generator)
+    blocks[blocks == NUM_CLASSES] = IGNORE
+    labels = F.interpolate(blocks.float(), scale_factor=32, mode="nearest")[:, 0, :height, :width].long()
+    return Batch(pixel_values.to(options.device), labels.contiguous().to(options.device))
+
+
+def our_step(network: nn.Module, batch: Batch) -> Callable[[torch.autocast], None]:
+    """``Trainer._step`` of one process and one batch, without what it logs."""
+    criterion = Criterion(network, 0.4).train()
+    optimizer = make_optimizer(network, OptimConfig(learning_rate=LEARNING_RATE))
+    epoch = 0
+
+    def step(autocast: torch.autocast) -> None:
+        nonlocal epoch
+        epoch += 1  # other keys, other masks of dropout
+        valid = count_valid(batch.labels).float().clamp(min=1)
+        with autocast:
+            loss, _ = criterion(batch.pixel_values, batch.labels, [(0, epoch, index) for index in range(len(batch[0]))])
+        (loss / valid).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peer_step(peer: Peer, batch: Batch) -> Callable[[torch.autocast], None]:
+    """As in transformers' and torchvision's training scripts, with AdamW for all."""
+    peer.network.train()
+    optimizer = torch.optim.AdamW(peer.network.parameters(), lr=LEARNING_RATE)
+
+    def step(autocast: torch.autocast) -> None:
+        with autocast:
+            loss = peer.loss(batch.pixel_values, batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _under(options: Options, precision: str, step: Callable[[torch.autocast], None]) -> Callable[[], None]:
+    return lambda: step(options.autocast(precision))
