@@ -41,7 +41,7 @@ def test_contenders_take_turns_after_a_warm_up_of_each() -> None:
         Contender("a", lambda: order.append("a"), ours=True),
         Contender("b", lambda: order.append("b"), pieces=4),
     ]
-    rows = take_turns(contenders, 3, lambda: order.append("|"), lambda: float(next(ticks)))
+    rows = take_turns(Group("work", contenders), 3, lambda: order.append("|"), lambda: float(next(ticks)))
     # Synchronised after the warm-up and within every timing, so that no contender pays for the one before.
     assert "".join(order) == "ab|" + "a|b|" * 3
     assert [row.seconds for row in rows] == [[1.0] * 3, [0.25] * 3]
@@ -53,6 +53,7 @@ def test_ratios_of_hand_made_times() -> None:
         Row("peer", "no", seconds=[3.0, 3.0, 4.0], peak_extra_bytes=25),
         Row("ours", "bf16", ours=True, seconds=[1.0, 1.0, 0.5]),
         Row("peer", "bf16", seconds=[2.0, 1.5, 1.0]),
+        Row("another network", "no", same_work=False, seconds=[1.0, 1.0, 1.0]),
     ]
     found = {(one.peer_precision, one.our_precision): one for one in compare(rows)}
     # The peer's bf16 is not held against our float32.

@@ -41,12 +41,17 @@ def eval_groups(options: Options) -> Iterator[Group]:
     height, width = options.size
     where = f"[1, {NUM_CLASSES}, {height // STRIDE}, {width // STRIDE}] to {height}x{width}"
     for kind, logits in (("random", random_logits(options.size)), ("street", street_logits(labels))):
-        logits, target = logits.to(options.device), labels.long().to(options.device)
-        found, expected = upsampled.argmax(logits, options.size)[0], plain_argmax(logits, options.size)[0]
-        differing = int((found.long() != expected).sum())
-        facts = {"pixels": labels.numel(), "differing_pixels": differing}
+        logits, target = logits.to(options.device), labels.to(options.device)
+        differing = upsampled.argmax(logits, options.size) != plain_argmax(logits, options.size)
+        facts = {"pixels": labels.numel(), "differing_pixels": int(differing.sum())}
         yield Group(f"{kind} logits {where}: upsample, argmax, count", _counting(logits, target), facts, memory=True)
-        yield Group(f"{kind} logits {where}: the same and the loss", _judging(logits, target), memory=True)
+        (found, loss), (expected, plain_loss) = our_judgement(logits, target), plain_judgement(logits, target.long())
+        facts = {
+            "pixels": labels.numel(),
+            "differing_pixels": int((found != expected).sum()),
+            "relative_difference_of_losses": abs(float(loss / plain_loss) - 1),
+        }
+        yield Group(f"{kind} logits {where}: the same and the loss", _judging(logits, target), facts, memory=True)
 
 
 def random_logits(size: tuple[int, int]) -> Tensor:
@@ -75,11 +80,11 @@ def plain_confusion(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def _counting(logits: Tensor, labels: Tensor) -> list[Contender]:
-    size, counts = tuple(labels.shape), SegmentationCounts(logits.device)
+    size, counts, long_labels = tuple(labels.shape), SegmentationCounts(logits.device), labels.long()
     channels_last = logits.to(memory_format=torch.channels_last)
 
     def plain(values: Tensor) -> Tensor:
-        return plain_confusion(plain_argmax(values, size)[0], labels)
+        return plain_confusion(plain_argmax(values, size)[0], long_labels)
 
     return [
         Contender("cityseg_hf", lambda: counts.update(upsampled.argmax(logits, size)[0], labels), ours=True),
@@ -88,20 +93,26 @@ def _counting(logits: Tensor, labels: Tensor) -> list[Contender]:
     ]
 
 
+def our_judgement(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Train ids ``uint8[H, W]`` and the summed loss."""
+    predictions, loss = upsampled.argmax_and_loss(logits, labels[None])
+    return predictions[0], loss
+
+
+def plain_judgement(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Train ids ``int64[H, W]`` and the summed loss, from logits at full size."""
+    scores = F.interpolate(logits, size=tuple(labels.shape), mode="bilinear", align_corners=False)
+    return scores.argmax(1)[0], F.cross_entropy(scores, labels[None], ignore_index=IGNORE, reduction="sum")
+
+
 def _judging(logits: Tensor, labels: Tensor) -> list[Contender]:
-    size, counts = tuple(labels.shape), SegmentationCounts(logits.device)
+    counts, long_labels = SegmentationCounts(logits.device), labels.long()  # each the type that its loader makes
 
-    def ours() -> None:
-        predictions, _ = upsampled.argmax_and_loss(logits, labels[None])
-        counts.update(predictions[0], labels)
-
-    def plain() -> tuple[Tensor, Tensor]:
-        scores = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(scores, labels[None], ignore_index=IGNORE, reduction="sum")
-        return plain_confusion(scores.argmax(1)[0], labels), loss
+    def plain() -> Tensor:
+        return plain_confusion(plain_judgement(logits, long_labels)[0], long_labels)
 
     return [
-        Contender("cityseg_hf", ours, ours=True),
+        Contender("cityseg_hf", lambda: counts.update(our_judgement(logits, labels)[0], labels), ours=True),
         Contender("plain PyTorch", plain, note="interpolate, cross_entropy, argmax, bincount"),
     ]
 

@@ -42,12 +42,14 @@ class Peer(NamedTuple):
         network: with the weights of ours where it is the same network.
         loss: images ``float[B, 3, H, W]`` and labels ``long[B, H, W]`` -> the mean loss.
         note: what sets it apart from ours.
+        same_work: whether it is the same network, so that times can be compared.
     """
 
     name: str
     network: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
     note: str
+    same_work: bool = True
 
 
 def peers_of(ours: PreTrainedModel, *, extra: bool) -> Iterator[Peer]:
@@ -71,9 +73,9 @@ def peers_of(ours: PreTrainedModel, *, extra: bool) -> Iterator[Peer]:
         note = "same network and weights; F.interpolate + F.cross_entropy"
         yield Peer("plain PyTorch", plain, lambda x, y: _cross_entropy(_at(plain(x).logits, y), y), note)
     if extra:
-        for name, network, note in _smp_networks(ours):
-            network.to(device)
-            yield Peer(name, network, lambda x, y, network=network: _cross_entropy(network(x), y), note)
+        for name, smp, note, same in _smp_networks(ours):
+            smp.to(device)
+            yield Peer(name, smp, lambda x, y, network=smp: _cross_entropy(network(x), y), note, same)
 
 
 def transformers_segformer(ours: PreTrainedModel) -> PreTrainedModel:
@@ -98,7 +100,7 @@ def torchvision_fcn(ours: PreTrainedModel) -> FCN | None:
     return network.to(next(ours.parameters()).device)
 
 
-def _smp_networks(ours: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
+def _smp_networks(ours: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str, bool]]:
     """What comes nearest in segmentation_models_pytorch; logits leave these at the size of the image."""
     smp = require("segmentation_models_pytorch")
     if isinstance(ours, SegformerForSemanticSegmentation):
@@ -106,10 +108,10 @@ def _smp_networks(ours: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]
         if encoder is not None:
             width = ours.config.decoder_hidden_size
             options = {"decoder_segmentation_channels": width, "encoder_weights": None, "classes": NUM_CLASSES}
-            yield f"smp Segformer {encoder}", smp.Segformer(encoder, **options), "its own head and random weights"
+            yield f"smp Segformer {encoder}", smp.Segformer(encoder, **options), "its own head, random weights", True
     elif ours.config.model_type == "cityseg_unet":
         network = smp.Unet("resnet18", encoder_weights=None, classes=NUM_CLASSES)
-        yield "smp Unet resnet18", network, "ANOTHER, smaller network: read no ratio from it"
+        yield "smp Unet resnet18", network, "another network: no ratio", False
 
 
 def _mit_name(config: transformers.SegformerConfig) -> str | None:

@@ -5,7 +5,7 @@ from the rounds, in which both met about the same machine, as well as from the m
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
@@ -26,6 +26,7 @@ class Contender(NamedTuple):
         precision: ``"no"`` (float32) or ``"bf16"``, as accelerate has it.
         note: what a reader must know of it.
         pieces: how many pieces of work (samples) a run does; times are for one.
+        same_work: a ratio to ours means something.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Contender(NamedTuple):
     precision: str = "no"
     note: str = ""
     pieces: int = 1
+    same_work: bool = True
 
 
 class Group(NamedTuple):
@@ -45,6 +47,7 @@ class Group(NamedTuple):
         facts: what else was found, such as how many pixels of two results differ.
         memory: also measure the peak of the extra memory.
         rounds: turns of each; the caller's number without it.
+        warm_up: run each once before.
     """
 
     title: str
@@ -52,6 +55,7 @@ class Group(NamedTuple):
     facts: dict[str, Any] | None = None
     memory: bool = False
     rounds: int | None = None
+    warm_up: bool = True
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Row:
     precision: str = "no"
     ours: bool = False
     note: str = ""
+    same_work: bool = True
     seconds: list[float] = field(default_factory=list)
     peak_extra_bytes: int | None = None
 
@@ -88,12 +93,12 @@ class Ratio(NamedTuple):
 
 
 def take_turns(
-    contenders: Iterable[Contender], rounds: int, synchronize: Callable[[], None], clock: Callable[[], float]
+    group: Group, rounds: int, synchronize: Callable[[], None], clock: Callable[[], float] = time.perf_counter
 ) -> list[Row]:
     """Runs each contender once to warm up, then all of them in turns, ``rounds`` times."""
-    contenders = list(contenders)
-    rows = [Row(one.name, one.precision, one.ours, one.note) for one in contenders]
-    for one in contenders:
+    contenders = group.contenders
+    rows = [Row(one.name, one.precision, one.ours, one.note, one.same_work) for one in contenders]
+    for one in contenders if group.warm_up else []:
         one.run()
     synchronize()
     for _ in range(rounds):
@@ -108,7 +113,7 @@ def take_turns(
 def measure(group: Group, rounds: int, device: torch.device) -> list[Row]:
     """Times of a group, then, in a pass of its own, the peaks of memory."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    rows = take_turns(group.contenders, group.rounds or rounds, synchronize, time.perf_counter)
+    rows = take_turns(group, group.rounds or rounds, synchronize)
     if group.memory:
         with exact_allocations() if device.type == "cpu" else nullcontext():
             for one, row in zip(group.contenders, rows, strict=True):
@@ -119,7 +124,7 @@ def measure(group: Group, rounds: int, device: torch.device) -> list[Row]:
 def compare(rows: list[Row]) -> list[Ratio]:
     """Every peer against ours at the same precision, and the peers' default, float32, against all of ours."""
     ratios = []
-    for peer in (row for row in rows if not row.ours):
+    for peer in (row for row in rows if row.same_work and not row.ours):
         for our in (row for row in rows if row.ours):
             if peer.precision in (our.precision, "no"):
                 each = [theirs / mine for theirs, mine in zip(peer.seconds, our.seconds, strict=True)]

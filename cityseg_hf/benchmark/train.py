@@ -12,7 +12,7 @@ from cityseg_hf.benchmark.peers import Peer, peers_of
 from cityseg_hf.benchmark.timing import Contender, Group
 from cityseg_hf.config import OptimConfig
 from cityseg_hf.labels import IGNORE, NUM_CLASSES
-from cityseg_hf.losses import Criterion, count_valid
+from cityseg_hf.losses import Criterion, label_mass
 from cityseg_hf.optim import make_optimizer
 
 LEARNING_RATE = 1e-4
@@ -31,12 +31,15 @@ def groups(options: Options) -> Iterator[Group]:
     batch = random_batch(options)
     for name in options.models:
         ours = options.build(name)
-        steps = [("cityseg_hf", "", True, our_step(ours, batch))]
-        steps += [(p.name, p.note, False, peer_step(p, batch)) for p in peers_of(ours, extra=options.peers)]
+        steps = [Contender("cityseg_hf", our_step(ours, batch), ours=True)]
+        steps += [
+            Contender(peer.name, peer_step(peer, batch), note=peer.note, same_work=peer.same_work)
+            for peer in peers_of(ours, extra=options.peers)
+        ]
         contenders = [
-            Contender(title, _under(options, precision, step), ours=is_ours, precision=precision, note=note)
+            one._replace(run=_under(options, precision, one.run), precision=precision)
             for precision in options.precisions
-            for title, note, is_ours, step in steps
+            for one in steps
         ]
         title = f"{name}: optimiser step, {options.batch_size} x {height}x{width}"
         yield Group(title, contenders, memory=True)
@@ -59,14 +62,14 @@ def our_step(network: nn.Module, batch: Batch) -> Callable[[torch.autocast], Non
     """``Trainer._step`` of one process and one batch, without what it logs."""
     criterion = Criterion(network, 0.4).train()
     optimizer = make_optimizer(network, OptimConfig(learning_rate=LEARNING_RATE))
-    epoch = 0
+    labels, epoch = batch.labels.to(torch.uint8), 0  # the type that our loader makes
 
     def step(autocast: torch.autocast) -> None:
         nonlocal epoch
         epoch += 1  # other keys, other masks of dropout
-        valid = count_valid(batch.labels).float().clamp(min=1)
+        valid = label_mass(labels).clamp(min=1)
         with autocast:
-            loss, _ = criterion(batch.pixel_values, batch.labels, [(0, epoch, index) for index in range(len(batch[0]))])
+            loss, _ = criterion(batch.pixel_values, labels, [(0, epoch, index) for index in range(len(labels))])
         (loss / valid).backward()
         optimizer.step()
         optimizer.zero_grad()
