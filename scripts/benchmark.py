@@ -5,6 +5,7 @@ python scripts/benchmark.py train --models segformer_b0 unet --precisions no bf1
 
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> None:
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {Path(args.output).resolve().parent}")
     transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="Downcasting array dtype")  # evaluate, of every map it stores
     with tempfile.TemporaryDirectory() as folder:
         options = Options(
             device=torch.device(args.device),

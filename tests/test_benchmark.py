@@ -162,7 +162,9 @@ def test_mean_iou_restated_agrees_with_the_counts(tmp_path: Path) -> None:
 
 def test_plain_ways_agree_with_ours() -> None:
     labels = torch.from_numpy(ends.street((64, 128))[1]).long()
-    predictions = ends.plain_argmax(ends.street_logits(labels), (64, 128))[0]
+    logits = ends.street_logits(labels)
+    assert logits.is_contiguous() and ends.random_logits((64, 128)).is_contiguous()
+    predictions = ends.plain_argmax(logits, (64, 128))[0]
     assert (predictions == labels)[labels != IGNORE].float().mean() > 0.8
     assert torch.equal(ends.plain_confusion(predictions, labels), confusion_matrix(predictions, labels))
 

@@ -64,7 +64,8 @@ def street_logits(labels: Tensor) -> Tensor:
     """``float32[1, 19, H/4, W/4]`` as of a network that is nearly right: 8 for the label's class, and noise."""
     coarse = labels[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE].long()  # [H/4, W/4]
     one_hot = F.one_hot(torch.where(coarse == IGNORE, NUM_CLASSES, coarse), NUM_CLASSES + 1)[..., :NUM_CLASSES]
-    return 8.0 * one_hot.permute(2, 0, 1)[None] + random_logits(tuple(labels.shape))
+    # Contiguous, as a network's: the sum would have the layout of the permuted view.
+    return (8.0 * one_hot.permute(2, 0, 1)[None] + random_logits(tuple(labels.shape))).contiguous()
 
 
 def plain_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -23,7 +23,8 @@ def tables(described: dict[str, Any]) -> str:
     parts = ["", described["title"], *_lines(list(_times(described["rows"])))]
     if described["ratios"]:
         parts += ["", *_lines(list(_ratios(described["ratios"])))]
-    parts += [f"  {name.replace('_', ' ')}: {value}" for name, value in described["facts"].items()]
+    for name, value in described["facts"].items():
+        parts.append(f"  {name.replace('_', ' ')}: {f'{value:.1e}' if isinstance(value, float) else value}")
     return "\n".join(parts)
 
 
