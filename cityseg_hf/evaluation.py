@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from cityseg_hf.data.loading import EvalBatches, SegmentationDataset, make_loader, raise_errors, to_device
+from cityseg_hf.data.transforms import normalize
 from cityseg_hf.losses import count_valid
 from cityseg_hf.metrics import Scores, SegmentationCounts
 from cityseg_hf.upsampled import argmax_and_loss
@@ -55,7 +56,7 @@ def count(model: PreTrainedModel, loader: DataLoader, *, title: str) -> Segmenta
 
 
 def _count_batch(model: PreTrainedModel, batch: dict[str, Any], counts: SegmentationCounts) -> None:
-    logits = model(pixel_values=batch["pixel_values"]).logits  # [B, 19, h, w]
+    logits = model(pixel_values=normalize(batch["pixel_values"])).logits  # [B, 19, h, w]
     maps = batch.get("instances", [None] * len(logits))
     for row, labels, instances in zip(logits, batch["labels"], maps, strict=True):
         predictions, loss = argmax_and_loss(row[None], labels[None])  # uint8[1, H, W]

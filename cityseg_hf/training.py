@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from cityseg_hf import checkpoint as ckpt
 from cityseg_hf.config import Config
+from cityseg_hf.data.augment import TrainTransform
 from cityseg_hf.data.loading import (
     SegmentationDataset,
     TrainBatches,
@@ -23,7 +24,7 @@ from cityseg_hf.data.loading import (
     to_device,
 )
 from cityseg_hf.data.sources import Source, selection_split, test_split
-from cityseg_hf.data.transforms import EvalTransform, TrainTransform
+from cityseg_hf.data.transforms import EvalTransform, normalize
 from cityseg_hf.errors import Stopped
 from cityseg_hf.evaluation import evaluate, evaluation_loader
 from cityseg_hf.inference import load_model_folder, predict
@@ -59,9 +60,9 @@ class Trainer:
     ) -> None:
         self.config, self.accelerator, self.sources, self.run = config, accelerator, sources, run
         self.image_size, self.processor = image_size, ckpt.image_processor(image_size)
-        self.train_set = SegmentationDataset(
-            sources["train"], TrainTransform(config.data, image_size), seed=config.train.seed
-        )
+        transform = TrainTransform(config.data, image_size)
+        self.augment = transform.augment
+        self.train_set = SegmentationDataset(sources["train"], transform, seed=config.train.seed)
         # Looked up now: a fault of the test labels must not cost a training.
         self.test_split = test_split(sources)
         self.progress = ckpt.Progress()
@@ -168,12 +169,13 @@ class Trainer:
         for number, batch in enumerate((to_device(batch, accelerator.device) for batch in batches), start=1):
             # Gradients cross processes once a step, with the last batch.
             with nullcontext() if number == len(batches) else accelerator.no_sync(self.criterion):
-                loss, logits = self.criterion(batch["pixel_values"], batch["labels"], batch["key"])
+                pixel_values, labels = self.augment(batch["pixel_values"], batch["labels"], batch["augmentation"])
+                loss, logits = self.criterion(pixel_values, labels, batch["key"])
                 loss = loss / valid
                 # Data parallelism averages gradients over processes; the division by valid has done so already.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
-            self.reporter.train_scores.update(logits, batch["labels"])
+            self.reporter.train_scores.update(logits, labels)
         if self.config.optim.max_grad_norm is not None:
             accelerator.clip_grad_norm_(self.criterion.parameters(), self.config.optim.max_grad_norm)
         self.optimizer.step()
@@ -214,7 +216,7 @@ class Trainer:
     def _send_panel(self, loader: DataLoader) -> None:
         if self.tracking.alive:
             sample = loader.dataset[(0, 0)]
-            pixel_values = sample["pixel_values"].to(self.accelerator.device)
+            pixel_values = normalize(sample["pixel_values"].to(self.accelerator.device))
             predictions = predict(self.network, pixel_values[None], tuple(sample["labels"].shape))
             self.tracking.log_panel(pixel_values, sample["labels"], predictions[0], self.progress.step)
 

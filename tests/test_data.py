@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cityseg_hf import load_cityscapes
 from cityseg_hf.config import DataConfig
+from cityseg_hf.data.augment import TrainTransform
 from cityseg_hf.data.cityscapes import (
     instance_path,
     read_bytes,
@@ -36,7 +37,7 @@ from cityseg_hf.data.loading import (
     seeded,
 )
 from cityseg_hf.data.sources import FileSource, image_size_of
-from cityseg_hf.data.transforms import EvalTransform, TrainTransform
+from cityseg_hf.data.transforms import EvalTransform
 from cityseg_hf.errors import UserError
 from cityseg_hf.labels import IGNORE, LABELS
 
@@ -561,7 +562,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(augmentation: str, stree
     assert_same(dataset[(2, 4)], sample)
     assert_same(make_dataset(streets, augmentation)[(2, 4)], sample)
     for other in (dataset[(3, 4)], make_dataset(streets, augmentation, seed=4)[(2, 4)]):
-        assert not torch.equal(other["pixel_values"], sample["pixel_values"])
+        assert not torch.equal(other["augmentation"], sample["augmentation"])
 
 
 @pytest.mark.parametrize("augmentation", ["original", "standard"])
@@ -605,6 +606,34 @@ def test_workers_do_not_change_a_sample(augmentation: str, streets: Path) -> Non
         key for batch in TrainBatches(len(dataset), batch_size=4, last_step=5) for key in batch
     ]
     assert batches[0][0]["pixel_values"].shape[0] == 4
+
+
+class MappedSource(FileSource):
+    """Its images and labels are read-only maps of files, as of a prepared split."""
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        maps = []
+        for array in super().read(index):
+            path = Path(self.image_paths[index]).parent / f"{index}_{array.ndim}.raw"
+            array.tofile(path)
+            maps.append(np.memmap(path, np.uint8, mode="r", shape=array.shape))
+        return maps[0], maps[1]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("augmentation", ["none", "standard", None])
+def test_samples_of_read_only_maps_are_copies(augmentation: str | None, streets: Path, tmp_path: Path) -> None:
+    shutil.copytree(streets, tmp_path / "streets")
+    rows = load_cityscapes(tmp_path / "streets")["val"]
+    transform = (
+        EvalTransform(SIZE) if augmentation is None else TrainTransform(DataConfig(augmentation=augmentation), SIZE)
+    )
+    mapped, plain = (SegmentationDataset(kind(rows), transform)[(1, 2)] for kind in (MappedSource, FileSource))
+    assert_same(mapped, plain)
+    assert ("augmentation" in mapped) is (augmentation is not None)
+    for name in ("pixel_values", "labels"):
+        assert mapped[name].dtype == torch.uint8 and mapped[name].is_contiguous()
+        mapped[name].zero_()  # a write to the map would end the process
 
 
 def test_labels_of_several_sizes_stay_apart(tmp_path: Path) -> None:

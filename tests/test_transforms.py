@@ -1,4 +1,4 @@
-"""What is done to an image is done to its label, and validation sees what a user's image processor sees."""
+"""Geometry is that of image and label alike, and validation sees what a user's image processor sees."""
 
 from itertools import pairwise
 
@@ -6,20 +6,20 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from cityseg_hf.checkpoint import image_processor
 from cityseg_hf.config import DataConfig
 from cityseg_hf.data import transforms
+from cityseg_hf.data.augment import TrainTransform
 from cityseg_hf.data.loading import seeded
 from cityseg_hf.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     EvalTransform,
-    PhotometricDistortion,
     RandomScaleCrop,
-    TrainTransform,
     normalize,
     resize_image,
     resize_label,
@@ -67,6 +67,13 @@ def assert_aligned(pixel_values: Tensor, label: Tensor) -> None:
     assert all(below[1] + 4 < above[0] for below, above in pairwise(spans)), spans
 
 
+def trained_on(transform: TrainTransform, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Both parts of the augmentation: ``float32[3, h, w]`` normalised, ``uint8[h, w]``."""
+    images, labels, parameters = (part[None] for part in transform(image, label))
+    pixel_values, labels = transform.augment(images, labels, parameters)
+    return pixel_values[0], labels[0]
+
+
 # --- training
 
 
@@ -78,7 +85,7 @@ def test_image_and_label_move_together(augmentation: str) -> None:
     for draw in range(60):
         label = blocks(seed=draw)
         with seeded(draw):
-            assert_aligned(*transform(painted(label), label))
+            assert_aligned(*trained_on(transform, painted(label), label))
 
 
 def test_original_flips_half_of_the_pairs_and_does_nothing_else_to_labels() -> None:
@@ -86,9 +93,9 @@ def test_original_flips_half_of_the_pairs_and_does_nothing_else_to_labels() -> N
     flipped = 0
     for draw in range(200):
         with seeded(draw):
-            pixel_values, found = transform(painted(label), label)
-        is_flipped = torch.equal(found, label.flip(-1).long())
-        assert is_flipped or torch.equal(found, label.long())
+            pixel_values, found = trained_on(transform, painted(label), label)
+        is_flipped = torch.equal(found, label.flip(-1))
+        assert is_flipped or torch.equal(found, label)
         # The image tells by itself which way round it is.
         image, straight = grey(pixel_values), painted(label)[0].float()
         nearer = (image - straight.flip(-1)).abs().mean() < (image - straight).abs().mean()
@@ -101,20 +108,10 @@ def test_none_only_resizes_and_draws_nothing() -> None:
     transform = TrainTransform(DataConfig(augmentation="none"), (32, 48))
     label = blocks()
     before = torch.get_rng_state()
-    pixel_values, found = transform(painted(label), label)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(pixel_values, EvalTransform((32, 48))(painted(label), label)[0])
-    assert torch.equal(found, F.resize(label[None], [32, 48], v2.InterpolationMode.NEAREST_EXACT)[0].long())
-
-
-def test_colours_are_changed_after_the_resize() -> None:
-    """The original jittered and blurred 2048x1024 pixels to throw most of them away."""
-    transform = TrainTransform(DataConfig(augmentation="original"), (32, 48))
-    seen = []
-    for stage in transform.augment.transforms:
-        stage.register_forward_pre_hook(lambda module, pair: seen.append(tuple(pair[0].shape[-2:])))
-    transform(painted(blocks()), blocks())
-    assert seen == [(32, 48)] * 4
+    image, found, parameters = transform(painted(label), label)
+    assert torch.equal(torch.get_rng_state(), before) and parameters.numel() == 0
+    assert torch.equal(image, EvalTransform((32, 48))(painted(label), label)[0])
+    assert torch.equal(found, F.resize(label[None], [32, 48], v2.InterpolationMode.NEAREST_EXACT)[0])
 
 
 @pytest.mark.parametrize("augmentation", ["none", "original", "standard"])
@@ -124,10 +121,10 @@ def test_labels_hold_only_what_was_there(augmentation: str, size: tuple[int, int
     transform = TrainTransform(DataConfig(augmentation=augmentation), size)
     label = torch.tensor([3, 18, IGNORE], dtype=torch.uint8)[torch.randint(3, (45, 71))]
     for _ in range(10):
-        pixel_values, found = transform(torch.randint(256, (3, 45, 71), dtype=torch.uint8), label)
-        assert pixel_values.shape == (3, *size) and found.shape == size
-        assert (pixel_values.dtype, found.dtype) == (torch.float32, torch.int64)
-        assert type(pixel_values) is type(found) is Tensor
+        image, found, parameters = transform(torch.randint(256, (3, 45, 71), dtype=torch.uint8), label)
+        assert image.shape == (3, *size) and found.shape == size
+        assert (image.dtype, found.dtype, parameters.dtype) == (torch.uint8, torch.uint8, torch.float32)
+        assert type(image) is type(found) is Tensor
         assert set(found.unique().tolist()) <= {3, 18, IGNORE}
 
 
@@ -141,19 +138,96 @@ def test_the_input_is_left_alone(augmentation: str) -> None:
 # --- scale and crop
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The sizes of the label before and after each resize of the crops to come."""
+    seen = []
+
+    def resize(label: Tensor, size: tuple[int, int]) -> Tensor:
+        seen.append((tuple(label.shape), size))
+        return resize_label(label, size)
+
+    monkeypatch.setattr(transforms, "resize_label", resize)
+    return seen
+
+
 def test_crops_have_their_size_and_scales_their_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    monkeypatch.setattr(transforms, "resize_label", lambda label, size: sizes.append(size) or resize_label(label, size))
-    crop = RandomScaleCrop((64, 96), (50, 70))
+    seen = recorded(monkeypatch)
+    crop = RandomScaleCrop((640, 960), (50, 70), max_class_share=1.0)
+    wide = torch.arange(3, dtype=torch.uint8).repeat_interleave(320).expand(640, 960)
     for draw in range(300):
         with seeded(draw):
-            image, label = crop(painted(blocks()), blocks())
+            image, label = crop(painted(wide), wide)
         assert image.shape == (3, 50, 70) and label.shape == (50, 70) and image.dtype == label.dtype == torch.uint8
-    scales = torch.tensor(sizes) / torch.tensor([64, 96])
-    assert scales.min() >= 0.49 and scales.max() <= 2.01
+    scales = torch.tensor(
+        [[new / old for old, new in zip(*sizes, strict=True)] for sizes in seen if sizes[1] == (50, 70)]
+    )
+    assert len(scales) == 300 and scales.min() >= 0.49 and scales.max() <= 2.01
     # Even: 1.25 on average, and one aspect for both sides up to rounding.
-    assert scales.min() < 0.55 and scales.max() > 1.95 and abs(scales.mean() - 1.25) < 0.08
-    assert (scales[:, 0] - scales[:, 1]).abs().max() < 1 / 64
+    assert scales.min() < 0.55 and scales.max() > 1.95 and abs(scales.mean() - 1.25) < 0.1
+    assert abs(scales.std() - 1.5 / 12**0.5) < 0.04
+    assert (scales[:, 0] / scales[:, 1] - 1).abs().max() < 0.04
+
+
+def test_every_position_is_as_likely() -> None:
+    """A crop of 32x32 at scale 1 has 5 x 9 places in 36x40 pixels; each pixel tells its own."""
+    label = torch.arange(36 * 40).remainder(19).to(torch.uint8).view(36, 40)
+    rows, columns = torch.meshgrid(torch.arange(36), torch.arange(40), indexing="ij")
+    image = torch.stack([rows, columns, rows]).to(torch.uint8)
+    crop = RandomScaleCrop((36, 40), (32, 32), scales=(1.0, 1.0))
+    counts = torch.zeros(5, 9)
+    for draw in range(1800):
+        with seeded(draw):
+            cut, found = crop(image, label)
+        top, left = cut[0, 0, 0].item(), cut[1, 0, 0].item()
+        assert torch.equal(found, label[top : top + 32, left : left + 32])
+        counts[top, left] += 1
+    assert counts.min() > 15 and counts.max() < 75, "40 each, with a deviation of 6"
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.9, 1.0, 1.6, 2.0])
+def test_a_crop_is_its_region_resized(scale: float) -> None:
+    """Exactly ``resize_image`` and ``resize_label`` of a rectangle of the source, wherever it lies."""
+    image, label = torch.randint(256, (3, 64, 96), dtype=torch.uint8), torch.randint(19, (64, 96), dtype=torch.uint8)
+    height, width = round(24 / scale), round(40 / scale)
+    cut, found = RandomScaleCrop((64, 96), (24, 40), scales=(scale, scale))(image, label)
+    places = [(top, left) for top in range(65 - height) for left in range(97 - width)]
+    regions = ((slice(top, top + height), slice(left, left + width)) for top, left in places)
+    (region,) = [where for where in regions if torch.equal(resize_label(label[where], (24, 40)), found)]
+    assert torch.equal(resize_image(image[:, region[0], region[1]], (24, 40)), cut)
+
+
+class LargestRead(TorchDispatchMode):
+    """The largest tensor that any operation but a view was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.numel = max([self.numel, *(part.numel() for part in args if isinstance(part, Tensor))])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.0, 2.0])
+def test_only_the_region_is_read(scale: float) -> None:
+    """Of an image on disk: a view of [H, W, 3], of which a copy would fetch every row."""
+    image, label = torch.randint(256, (512, 512, 3), dtype=torch.uint8).permute(2, 0, 1), blocks((512, 512))
+    crop = RandomScaleCrop((512, 512), (64, 64), scales=(scale, scale))
+    with LargestRead() as largest:
+        crop(image, label)
+    assert largest.numel <= 3 * max(64, round(64 / scale)) ** 2
+
+
+def test_a_pair_of_another_size_is_resized_to_image_size_first() -> None:
+    image, label = painted(blocks((128, 192))), blocks((128, 192))
+    crop = RandomScaleCrop((64, 96), (40, 50))
+    for draw in range(5):
+        with seeded(draw):
+            found = crop(image, label)
+        with seeded(draw):
+            expected = crop(resize_image(image, (64, 96)), resize_label(label, (64, 96)))
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -217,59 +291,6 @@ def test_a_crop_of_one_class_is_taken_where_there_is_no_other() -> None:
         assert torch.equal(crop(torch.zeros(3, 32, 64, dtype=torch.uint8), label)[1], label[:, :32])
 
 
-# --- colours
-
-
-def test_photometric_distortion_is_uint8_and_repeatable() -> None:
-    distort = PhotometricDistortion()
-    image = torch.randint(256, (3, 20, 30), dtype=torch.uint8)
-    results = []
-    for draw in range(60):
-        with seeded(draw):
-            once = distort(image)
-        with seeded(draw):
-            again = distort(image)
-        assert once.dtype == torch.uint8 and once.shape == image.shape and torch.equal(once, again)
-        results.append(once)
-    same = sum(torch.equal(result, image) for result in results)
-    # Nothing at all happens to one image in 16.
-    assert 0 < same < 15 and len({result.numpy().tobytes() for result in results}) == 60 - same + 1
-
-
-def test_photometric_distortion_of_greys_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grey has no colour: brightness adds, contrast multiplies, saturation and hue do nothing."""
-    image = torch.tensor([0, 10, 100, 250], dtype=torch.uint8).expand(3, 1, 4).contiguous()
-
-    def with_draws(*draws: float) -> list[int]:
-        monkeypatch.setattr(torch, "rand", lambda *size: torch.tensor(draws))
-        distorted = PhotometricDistortion()(image)
-        assert (distorted == distorted[:1]).all()
-        return distorted[0, 0].tolist()
-
-    # brightness?, by how much, contrast first?, contrast?, by how much, saturation?, how much, hue?, how much
-    nothing = (0.9, 0.0, 0.9, 0.9, 0.0, 0.9, 0.0, 0.9, 0.0)
-    assert with_draws(*nothing) == [0, 10, 100, 250]
-    assert with_draws(0.1, 1.0, *nothing[2:]) == [32, 42, 132, 255]
-    assert with_draws(0.1, 0.0, *nothing[2:]) == [0, 0, 68, 218]
-    for first in (0.1, 0.9):
-        assert with_draws(0.9, 0.0, first, 0.1, 0.0, *nothing[5:]) == [0, 5, 50, 125]
-        assert with_draws(0.9, 0.0, first, 0.1, 1.0, *nothing[5:]) == [0, 15, 150, 255]
-    assert with_draws(*nothing[:5], 0.1, 1.0, 0.1, 0.0) == [0, 10, 100, 250]
-
-
-def test_photometric_distortion_leaves_labels_alone() -> None:
-    """With the geometry fixed, labels come out as they went in, up to the flip."""
-    transform = TrainTransform(DataConfig(augmentation="standard"), SIZE)
-    transform.geometry = None
-    label, images = blocks(), set()
-    for draw in range(30):
-        with seeded(draw):
-            pixel_values, found = transform(painted(label), label)
-        assert torch.equal(found, label.long()) or torch.equal(found, label.flip(-1).long())
-        images.add(pixel_values.numpy().tobytes())
-    assert len(images) > 10
-
-
 # --- validation
 
 
@@ -279,11 +300,12 @@ def test_evaluation_does_what_the_saved_processor_does(own_size: tuple[int, int]
     image = torch.randint(256, (3, *own_size), dtype=torch.uint8)
     label = torch.randint(19, own_size, dtype=torch.uint8)
     before = torch.get_rng_state()
-    pixel_values, found = EvalTransform(image_size)(image, label)
+    resized, found = EvalTransform(image_size)(image, label)
     assert torch.equal(torch.get_rng_state(), before), "nothing is random"
-    assert torch.equal(EvalTransform(image_size)(image, label)[0], pixel_values)
+    assert resized.dtype == torch.uint8
+    pixel_values = normalize(resized)
     # The label stays at its own size: predictions are judged there.
-    assert torch.equal(found, label.long()) and found.dtype == torch.int64
+    assert torch.equal(found, label)
     processor = image_processor(image_size)
     array = image.permute(1, 2, 0).numpy()
     for given in (array, Image.fromarray(array)):
@@ -295,6 +317,8 @@ def test_normalisation_is_torchvisions() -> None:
     image = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256).contiguous()
     expected = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)(v2.functional.to_dtype(image, torch.float32, scale=True))
     torch.testing.assert_close(normalize(image), expected, rtol=0, atol=1e-6)
+    batch = torch.stack([image, image.flip(-1)])
+    assert torch.equal(normalize(batch)[1], normalize(image).flip(-1)) and normalize(batch).dtype == torch.float32
 
 
 def test_images_of_the_right_size_are_not_touched() -> None:

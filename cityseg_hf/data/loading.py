@@ -1,6 +1,7 @@
 """Source -> samples -> batches; order and augmentation depend on nothing but (seed, epoch, index)."""
 
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,17 +59,32 @@ class SegmentationDataset(Dataset):
             # Raised in a worker it would come back wrapped in a traceback: it travels as a sample instead.
             return {"error": str(error)}
         with seeded(self.seed, epoch, index):
-            # uint8[H, W, 3] -> uint8[3, H, W]. Copies: what a source gives may be read-only.
-            pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
-            pixel_values, train_ids = self.transform(pixels, torch.from_numpy(label.copy()))
+            # uint8[H, W, 3] -> uint8[3, H, W]
+            kept = self.transform(_viewed(image).permute(2, 0, 1), _viewed(label))
+        # What a source gives may be read-only, and on a disk: what is kept of it is copied, and no more.
+        pixel_values, train_ids, *augmentation = (part.clone(memory_format=torch.contiguous_format) for part in kept)
         sample = {"pixel_values": pixel_values, "labels": train_ids, "key": (self.seed, epoch, index)}
+        if augmentation:
+            sample["augmentation"] = augmentation[0]
         if self.instances:
             sample["instances"] = None if instances is None else torch.from_numpy(instances)
         return sample
 
 
+def _viewed(array: np.ndarray) -> Tensor:
+    """The array as a tensor that is only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks samples: ``pixel_values float[B, 3, H, W]``, ``labels long[B, H', W']`` or a list where sizes differ."""
+    """Stacks samples.
+
+    Returns:
+        ``pixel_values uint8[B, 3, H, W]``, ``labels uint8[B, H', W']`` or a list where sizes differ, ``key``; in
+        training ``augmentation float32[B, K]``; ``instances`` where they were asked for. Or ``error`` alone.
+    """
     error = next((sample["error"] for sample in samples if "error" in sample), None)
     if error is not None:
         return {"error": error}
@@ -77,6 +93,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     same_size = len({tuple(label.shape) for label in train_ids}) == 1
     batch["labels"] = torch.stack(train_ids) if same_size else train_ids
     batch["key"] = [sample["key"] for sample in samples]
+    if "augmentation" in samples[0]:
+        batch["augmentation"] = torch.stack([sample["augmentation"] for sample in samples])
     if "instances" in samples[0]:
         batch["instances"] = [sample["instances"] for sample in samples]
     return batch
@@ -189,11 +207,11 @@ def _start_worker(worker: int) -> None:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Moves the tensors of a batch, without waiting."""
+    """Moves the tensors of a batch, without waiting; the parameters of the augmentation stay with the host."""
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=True)
         return [move(item) for item in value] if isinstance(value, list) else value
 
-    return {name: move(value) for name, value in batch.items()}
+    return {name: value if name == "augmentation" else move(value) for name, value in batch.items()}
