@@ -5,17 +5,16 @@ from itertools import count
 
 import datasets
 import torch
-from torch.utils.data import Dataset
 
 from cityseg_hf.benchmark.options import Options
 from cityseg_hf.benchmark.pipelines import read_all, torchvision_reference, transformers_example
 from cityseg_hf.benchmark.timing import Contender, Group
 from cityseg_hf.config import DataConfig
+from cityseg_hf.data.augment import Augment, TrainTransform
 from cityseg_hf.data.cityscapes import load_cityscapes
-from cityseg_hf.data.loading import SegmentationDataset
-from cityseg_hf.data.sources import FileSource
+from cityseg_hf.data.loading import SegmentationDataset, collate
+from cityseg_hf.data.sources import FileSource, Source
 from cityseg_hf.data.synthetic import make_synthetic
-from cityseg_hf.data.transforms import TrainTransform
 from cityseg_hf.errors import UserError
 
 IMAGES = 8
@@ -37,7 +36,7 @@ def groups(options: Options) -> Iterator[Group]:
         height, width = options.size
         for augmentation, work in WORK.items():
             crop = augmentation == "standard"
-            contenders = _ours(options, rows, augmentation)
+            contenders = list(_ours(options, rows, augmentation))
             contenders.append(_theirs("torchvision reference", rows, torchvision_reference(options.size, crop=crop)))
             if options.peers:
                 note = "crops without scaling" if crop else ""
@@ -65,18 +64,28 @@ def _theirs(name: str, rows: datasets.Dataset, pipeline: Callable, note: str = "
     return Contender(name, read_all(rows, pipeline), note=note, pieces=len(rows))
 
 
-def _ours(options: Options, rows: datasets.Dataset, augmentation: str) -> list[Contender]:
+def _ours(options: Options, rows: datasets.Dataset, augmentation: str) -> Iterator[Contender]:
     transform = TrainTransform(DataConfig(augmentation=augmentation), options.size)
-    dataset = SegmentationDataset(FileSource(rows), transform)
-    return [Contender("cityseg_hf", _epoch_by_epoch(dataset), ours=True, pieces=len(rows))]
+    for name, source in _sources(options, rows).items():
+        samples = SegmentationDataset(source, transform)
+        yield Contender(name, _epoch_by_epoch(samples, transform.augment), ours=True, pieces=len(rows))
+        note = "flip, colours and normalisation are the device's"
+        yield Contender(f"{name}: loader", _epoch_by_epoch(samples), ours=True, note=note, pieces=len(rows))
 
 
-def _epoch_by_epoch(dataset: Dataset) -> Callable[[], None]:
-    epochs = count()
+def _sources(options: Options, rows: datasets.Dataset) -> dict[str, Source]:
+    return {"cityseg_hf": FileSource(rows)}
+
+
+def _epoch_by_epoch(samples: SegmentationDataset, augment: Augment | None = None) -> Callable[[], None]:
+    """Makes a sample of each image; with ``augment`` also what the device does, here on the same core."""
+    epochs = count()  # another augmentation each time, as in training
 
     def run() -> None:
-        epoch = next(epochs)  # another augmentation each time, as in training
-        for index in range(len(dataset)):
-            dataset[(epoch, index)]
+        epoch = next(epochs)
+        for index in range(len(samples)):
+            batch = collate([samples[epoch, index]])
+            if augment is not None:
+                augment(batch["pixel_values"], batch["labels"], batch["augmentation"])
 
     return run
