@@ -280,7 +280,8 @@ def test_bfloat16(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_autocast(name: str) -> None:
-    model, batch = without_randomness(CASES[name].build()).train(), batch_of((32, 32))
+    # 64x64 for the reason that test_bfloat16 gives.
+    model, batch = without_randomness(CASES[name].build()).train(), batch_of((64, 64))
     model(**batch).loss.backward()
     expected = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -463,7 +464,8 @@ def test_dropout_keeps_the_expectation(layer: type[KeyedDropout | KeyedDropPath]
     network[0] = layer(probability, randomness)
     randomness.begin([(5, index) for index in range(samples)])
     dropped = network(torch.ones(samples, 2))
-    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    # Dropout decides with sixteen bits.
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.7], rel=2**-16)
     if layer is KeyedDropPath:
         assert torch.equal(dropped[:, 0], dropped[:, 1])  # a sample is dropped as a whole
     # Values 0 and 1/q with odds p and q = 1 - p: mean 1, variance p/q.

@@ -69,11 +69,20 @@ class KeyedDropout(_Keyed):
 
     @torch.compiler.disable
     def _mask(self, hidden_states: Tensor, seeds: np.ndarray) -> Tensor:
-        mask = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        generator = torch.Generator(device=mask.device)
-        for row, seed in zip(mask, seeds, strict=True):
-            row.bernoulli_(1 - self.probability, generator=generator.manual_seed(int(seed >> np.uint64(1))))
-        return mask.div_(1 - self.probability)
+        # Maps are drawn channels last, the layout of the networks: the product then walks over both in one order.
+        is_map = hidden_states.ndim == 4
+        shape = hidden_states.permute(0, 2, 3, 1).shape if is_map else hidden_states.shape
+        keep = torch.empty(shape, dtype=torch.bool, device=hidden_states.device)
+        generator = torch.Generator(device=keep.device)
+        # Sixteen bits decide on a value, so four values share a draw: probabilities are multiples of 2^-16.
+        steps = round(self.probability * 2**16)
+        for row, seed in zip(keep, seeds, strict=True):
+            draws = torch.empty(-(-row.numel() // 4), dtype=torch.int64, device=row.device)
+            draws.random_(-(2**63), None, generator=generator.manual_seed(int(seed >> np.uint64(1))))
+            values = draws.view(torch.int16)[: row.numel()].view(row.shape)  # even in -2^15 .. 2^15 - 1
+            torch.ge(values, steps - 2**15, out=row)
+        mask = keep.to(hidden_states.dtype).mul_(2**16 / (2**16 - steps))
+        return mask.permute(0, 3, 1, 2) if is_map else mask
 
 
 class KeyedDropPath(_Keyed):

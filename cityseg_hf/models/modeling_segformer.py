@@ -26,6 +26,8 @@ class FoldedDecodeHead(SegformerDecodeHead):
         fused = None
         # The shallowest map is added last, at full resolution; the others are upsampled to it.
         for features, weight, bias in reversed(list(zip(encoder_hidden_states, *self._folded(), strict=True))):
+            # Channels last: bilinear upsampling is then whole vectors of channels, several times as fast on a CPU.
+            features = features.contiguous(memory_format=torch.channels_last)
             stage = F.conv2d(features, weight[:, :, None, None], bias)  # [B, C_i, h, w] -> [B, D, h, w]
             if stage.shape[-2:] != size:
                 stage = F.interpolate(stage, size=size, mode="bilinear", align_corners=False)
