@@ -20,6 +20,8 @@ setup(
         "accelerate>=1.15",
         "transformers>=5.17",
         "datasets>=4.0",
+        "pyarrow>=21.0",
+        "filelock>=3.12",
         "evaluate>=0.4.6",
         "safetensors>=0.5",
         "wandb>=0.20",

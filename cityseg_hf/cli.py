@@ -53,7 +53,8 @@ def parse_train_args(argv: Sequence[str], fallback_recipe: Callable[[str | None]
 
     Args:
         argv: the words of the command line, without the program's name.
-        fallback_recipe: called with ``-d`` as given (or ``None``); names the recipe to use when none was asked for.
+        fallback_recipe: called with ``-d`` or ``--prepared`` as given (or ``None``); names the recipe to use when none
+            was asked for.
 
     Raises:
         UserError: an unknown flag, key, recipe or value.
@@ -69,7 +70,7 @@ def parse_train_args(argv: Sequence[str], fallback_recipe: Callable[[str | None]
             raise UserError(f"{given['config']}: {error}") from None
         layers.append((given["config"], _without(given, settings)))
         given = {**from_file, **given}
-    recipe = given.get("recipe") or fallback_recipe(given.get("base_dataset_path"))
+    recipe = given.get("recipe") or fallback_recipe(given.get("base_dataset_path") or given.get("prepared"))
     if recipe is not None:
         if recipe not in RECIPES:
             near = did_you_mean(recipe, RECIPES)

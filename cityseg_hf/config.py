@@ -209,6 +209,9 @@ class RunConfig:
 
     save_model_path: str = _flag("./saved_models", "where run folders are made", "-s", "--output_dir")
     run_name: str | None = _flag(None, "name of the run folder (default: made from every setting that counts)")
+    prepared: str | None = _flag(
+        None, "folder of scripts/prepare_data.py to read from, instead of decoding the download", metavar="DIR"
+    )
     num_workers: int = _flag(2, "processes that load data, per training process")
     logging_steps: int = _flag(10, "write the training loss every so many steps")
     keep_checkpoints: int = _flag(2, "how many checkpoints stay on disk")

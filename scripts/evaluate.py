@@ -3,6 +3,7 @@
 python scripts/evaluate.py --model saved_models/RUN/best_miou -d cityscapes_data --split val --output results.json
 """
 
+import argparse
 from pathlib import Path
 
 from accelerate import PartialState
@@ -11,20 +12,24 @@ from transformers.utils import logging as transformers_logging
 from cityseg_hf import UserError, load_cityscapes
 from cityseg_hf.cli import Parser, exit_with
 from cityseg_hf.data.loading import SegmentationDataset
-from cityseg_hf.data.sources import FileSource, Source
+from cityseg_hf.data.prepared import Prepared, open_prepared
+from cityseg_hf.data.sources import Source, file_sources
 from cityseg_hf.data.transforms import EvalTransform
 from cityseg_hf.evaluation import evaluate, evaluation_loader
 from cityseg_hf.inference import load_model_folder, processor_size
 from cityseg_hf.labels import CLASS_NAMES
 from cityseg_hf.runs import write_json
 
+DEFAULT_ROOT = "./cityscapes_data"
+
 
 def parser() -> Parser:
     flags = Parser(description="Judge a model on a split of Cityscapes.")
     flags.add_argument("--model", required=True, help="model folder, or model of the Hub")
     flags.add_argument(
-        "-d", "--base_dataset_path", default="./cityscapes_data", help="root of leftImg8bit/ and gtFine/"
+        "-d", "--base_dataset_path", help=f"root of leftImg8bit/ and gtFine/, or their zips (default: {DEFAULT_ROOT})"
     )
+    flags.add_argument("--prepared", metavar="DIR", help="folder of scripts/prepare_data.py to read from instead")
     flags.add_argument("--split", default="val", choices=["train", "val", "test", "holdout"], help="what is judged")
     flags.add_argument("--holdout_cities", nargs="+", help="the train cities that make the split 'holdout'")
     flags.add_argument("--output", help="JSON file for the scores")
@@ -33,17 +38,33 @@ def parser() -> Parser:
     return flags
 
 
-def labelled_split(root: str, split: str, holdout_cities: list[str] | None) -> Source:
+def open_prepared_for(args: argparse.Namespace) -> Prepared:
+    """The prepared folder, if it holds what is asked for."""
+    if args.split == "train":
+        raise UserError("--prepared holds no train labels of their own size to judge by: use -d ROOT for --split train")
+    prepared = open_prepared(args.prepared)
+    prepared.check_source(args.base_dataset_path, DEFAULT_ROOT)
+    if args.holdout_cities:
+        prepared.check_holdout(args.holdout_cities)
+    return prepared
+
+
+def labelled_split(args: argparse.Namespace, prepared: Prepared | None) -> Source:
     """A split that can be judged."""
-    rows = load_cityscapes(root, holdout_cities=holdout_cities)
-    if split == "holdout" and split not in rows:
+    root = args.base_dataset_path or DEFAULT_ROOT
+    if prepared is not None:
+        root, sources = args.prepared, prepared.sources
+    else:
+        sources = file_sources(load_cityscapes(root, holdout_cities=args.holdout_cities))
+    if args.split == "holdout" and args.split not in sources:
         raise UserError("--split holdout needs --holdout_cities")
-    if split not in rows:
-        raise UserError(f"{root} has no images in leftImg8bit/{split}; it has {', '.join(rows)}")
-    source = FileSource(rows[split])
-    if not source.has_labels():
-        raise UserError(f"the {split} split of {root} has no labels to judge by: only the benchmark server has them")
-    return source
+    if args.split not in sources:
+        raise UserError(f"{root} has no images in leftImg8bit/{args.split}; it has {', '.join(sources)}")
+    if not sources[args.split].has_labels():
+        raise UserError(
+            f"the {args.split} split of {root} has no labels to judge by: only the benchmark server has them"
+        )
+    return sources[args.split]
 
 
 def print_table(scores: dict[str, float | None]) -> None:
@@ -65,9 +86,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {args.output}: there is no folder {Path(args.output).resolve().parent}")
     transformers_logging.disable_progress_bar()
     state = PartialState()
-    source = labelled_split(args.base_dataset_path, args.split, args.holdout_cities)
+    prepared = None if args.prepared is None else open_prepared_for(args)
+    source = labelled_split(args, prepared)
     model, processor = load_model_folder(args.model)
     size = processor_size(processor)
+    if prepared is not None:
+        prepared.check_size(size)
     dataset = SegmentationDataset(source, EvalTransform(size), instances=True)
     # Images that keep their own sizes cannot be stacked.
     batch_size = 1 if size is None else args.batch_size

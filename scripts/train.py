@@ -15,8 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from cityseg_hf import PRESETS, build_model, load_cityscapes, make_synthetic
 from cityseg_hf.cli import exit_with, parse_train_args
-from cityseg_hf.config import Config
-from cityseg_hf.data.sources import file_sources, image_size_of
+from cityseg_hf.config import Config, DataConfig
+from cityseg_hf.data.prepared import open_prepared
+from cityseg_hf.data.sources import Source, file_sources, image_size_of
 from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.hub import push_model_folder
 from cityseg_hf.launch import make_accelerator
@@ -27,9 +28,9 @@ DEFAULT_ROOT = "./cityscapes_data"
 SYNTHETIC = {"train": 96, "val": 24, "test": 0, "size": (128, 256), "seed": 0}
 
 
-def default_recipe(base_dataset_path: str | None) -> str | None:
+def default_recipe(data: str | None) -> str | None:
     """The recipe when none was asked for: the small one where the built-in streets are all there is."""
-    return "synthetic" if base_dataset_path is None and not Path(DEFAULT_ROOT).is_dir() else None
+    return "synthetic" if data is None and not Path(DEFAULT_ROOT).is_dir() else None
 
 
 def data_root(config: Config, accelerator: Accelerator) -> Path:
@@ -56,6 +57,20 @@ def data_root(config: Config, accelerator: Accelerator) -> Path:
                 if not root.is_dir():  # another launch may have been faster
                     raise UserError(f"cannot write the synthetic streets to {cache}: {error.strerror}") from None
     return root
+
+
+def open_data(config: Config, accelerator: Accelerator) -> tuple[DataConfig, dict[str, Source]]:
+    """The settings of the data with root and image size filled in, and where the splits are read from."""
+    if config.run.prepared is not None:
+        prepared = open_prepared(config.run.prepared)
+        data, sources = prepared.fit(config.data, DEFAULT_ROOT), prepared.sources
+    else:
+        data = dataclasses.replace(config.data, base_dataset_path=str(data_root(config, accelerator)))
+        sources = file_sources(load_cityscapes(data.base_dataset_path, holdout_cities=data.holdout_cities))
+    for split in ("train", "val"):
+        if split not in sources:
+            raise UserError(f"{data.base_dataset_path} has no images in leftImg8bit/{split}")
+    return dataclasses.replace(data, image_size=list(data.image_size or image_size_of(sources["train"]))), sources
 
 
 def model_settings(pairs: list[str] | None) -> dict:
@@ -87,15 +102,10 @@ def main(argv: list[str]) -> int:
     config = parse_train_args(argv, default_recipe)
     transformers_logging.disable_progress_bar()
     accelerator = make_accelerator(config)
-    root = data_root(config, accelerator)
-    sources = file_sources(load_cityscapes(root, holdout_cities=config.data.holdout_cities))
-    for split in ("train", "val"):
-        if split not in sources:
-            raise UserError(f"{root} has no images in leftImg8bit/{split}")
-    image_size = tuple(config.data.image_size or image_size_of(sources["train"]))
+    data, sources = open_data(config, accelerator)
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, image_size=list(image_size), base_dataset_path=str(root)),
+        data=data,
         train=dataclasses.replace(
             config.train.for_processes(accelerator.num_processes), mixed_precision=accelerator.mixed_precision
         ),
@@ -111,7 +121,7 @@ def main(argv: list[str]) -> int:
     if run.finished:
         accelerator.print("this run is finished: see results.json")
         return share(config, accelerator, folder)
-    results = Trainer(config, accelerator, model, sources, image_size, run).fit()
+    results = Trainer(config, accelerator, model, sources, tuple(data.image_size), run).fit()
     for name, scores in results.items():
         line = ", ".join(
             f"{key} {value:.4f}" for key, value in scores.items() if key.count("/") == 1 and value is not None

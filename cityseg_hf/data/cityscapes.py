@@ -165,6 +165,43 @@ def read_bytes(path: str) -> bytes:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
+def stamp(path: str) -> str:
+    """What tells a file from a changed one without reading it: size and time of change, or size and CRC in a zip.
+
+    Raises:
+        UserError: it is not there.
+    """
+    try:
+        if path.startswith("zip://"):
+            inner, archive = path.removeprefix("zip://").split("::", 1)
+            member = _open_zip(archive).getinfo(inner)
+            return f"{member.file_size}:{member.CRC:08x}"
+        status = Path(path).stat()
+        return f"{status.st_size}:{status.st_mtime_ns}"
+    except (OSError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """Height and width of an image, from its header alone.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if path.startswith("zip://"):
+            inner, archive = path.removeprefix("zip://").split("::", 1)
+            file: io.BufferedIOBase = _open_zip(archive).open(inner)
+        else:
+            file = io.BufferedReader(io.FileIO(path))
+        with file, Image.open(file) as image:
+            return image.height, image.width
+    except (OSError, EOFError, KeyError, SyntaxError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path} is no readable image ({error}): download it again") from None
+    except (zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no readable image ({error}): download it again") from None
+
+
 def _decode(path: str, modes: tuple[str, ...], what: str) -> Image.Image:
     content = read_bytes(path)
     try:
