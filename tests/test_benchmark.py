@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import load_script
 
-from cityseg_hf import UserError, build_model
+from cityseg_hf import UserError, build_model, load_cityscapes
 from cityseg_hf.benchmark import ends, memory
+from cityseg_hf.benchmark.data import differing_samples
 from cityseg_hf.benchmark.mean_iou import MeanIoU, areas
 from cityseg_hf.benchmark.memory import exact_allocations, peak_extra_memory
 from cityseg_hf.benchmark.options import MODELS, Options
@@ -19,6 +20,10 @@ from cityseg_hf.benchmark.pipelines import torchvision_reference
 from cityseg_hf.benchmark.report import describe, tables
 from cityseg_hf.benchmark.timing import Contender, Group, Row, compare, take_turns
 from cityseg_hf.benchmark.train import our_step, peer_step, random_batch
+from cityseg_hf.config import DataConfig
+from cityseg_hf.data.augment import TrainTransform
+from cityseg_hf.data.loading import SegmentationDataset
+from cityseg_hf.data.sources import FileSource
 from cityseg_hf.labels import IGNORE, NUM_CLASSES
 from cityseg_hf.metrics import SegmentationCounts, confusion_matrix
 from cityseg_hf.models import PRESETS
@@ -181,6 +186,22 @@ def test_torchvision_pipeline_gives_a_sample(crop: bool) -> None:
     image, label = torchvision_reference((64, 128), crop=crop)(row)
     assert (image.shape, image.dtype, label.shape, label.dtype) == ((3, 64, 128), torch.float32, (64, 128), torch.int64)
     assert set(label.unique().tolist()) <= {*range(NUM_CLASSES), IGNORE}
+
+
+def test_differing_samples_are_counted(streets: Path) -> None:
+    """What a faster way of reading must not change."""
+    source = FileSource(load_cityscapes(streets)["val"])
+
+    class Altered(FileSource):
+        def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+            image, label = super().read(index)
+            return (np.bitwise_xor(image, np.uint8(1)), label) if index == 1 else (image, label)
+
+    altered = Altered(load_cityscapes(streets)["val"])
+    transform = TrainTransform(DataConfig(augmentation="flip"), (64, 128))
+    one, two, three = (SegmentationDataset(each, transform) for each in (source, source, altered))
+    assert differing_samples([one, two]) == 0
+    assert differing_samples([one, two, three]) == 1
 
 
 # The script

@@ -36,13 +36,16 @@ def groups(options: Options) -> Iterator[Group]:
         height, width = options.size
         for augmentation, work in WORK.items():
             crop = augmentation == "standard"
-            contenders = list(_ours(options, rows, augmentation))
+            transform = TrainTransform(DataConfig(augmentation=augmentation), options.size)
+            samples = {name: SegmentationDataset(source, transform) for name, source in _sources(rows).items()}
+            contenders = list(_ours(samples, transform.augment))
             contenders.append(_theirs("torchvision reference", rows, torchvision_reference(options.size, crop=crop)))
             if options.peers:
                 note = "crops without scaling" if crop else ""
                 pipeline = transformers_example(options.size, crop=crop)
                 contenders.append(_theirs("transformers example", rows, pipeline, note))
-            yield Group(f"one sample of {height}x{width} on one core: {work}", contenders)
+            title = f"one sample of {height}x{width} on one core: {work}"
+            yield Group(title, contenders, {"differing_samples": differing_samples(list(samples.values()))})
     finally:
         torch.set_num_threads(threads)
 
@@ -64,17 +67,24 @@ def _theirs(name: str, rows: datasets.Dataset, pipeline: Callable, note: str = "
     return Contender(name, read_all(rows, pipeline), note=note, pieces=len(rows))
 
 
-def _ours(options: Options, rows: datasets.Dataset, augmentation: str) -> Iterator[Contender]:
-    transform = TrainTransform(DataConfig(augmentation=augmentation), options.size)
-    for name, source in _sources(options, rows).items():
-        samples = SegmentationDataset(source, transform)
-        yield Contender(name, _epoch_by_epoch(samples, transform.augment), ours=True, pieces=len(rows))
-        note = "flip, colours and normalisation are the device's"
-        yield Contender(f"{name}: loader", _epoch_by_epoch(samples), ours=True, note=note, pieces=len(rows))
-
-
-def _sources(options: Options, rows: datasets.Dataset) -> dict[str, Source]:
+def _sources(rows: datasets.Dataset) -> dict[str, Source]:
+    """Our ways of reading, by the names of their rows in the table; the files themselves first."""
     return {"cityseg_hf": FileSource(rows)}
+
+
+def _ours(samples: dict[str, SegmentationDataset], augment: Augment) -> Iterator[Contender]:
+    for name, dataset in samples.items():
+        yield Contender(name, _epoch_by_epoch(dataset, augment), ours=True, pieces=len(dataset))
+        note = "flip, colours and normalisation are the device's"
+        yield Contender(f"{name}: loader", _epoch_by_epoch(dataset), ours=True, note=note, pieces=len(dataset))
+
+
+def differing_samples(ways: list[SegmentationDataset]) -> int:
+    """How many samples of the first epoch another way of reading makes otherwise than the first, in any bit."""
+    first, *others = ways
+    pairs = ((first[0, index], other[0, index]) for other in others for index in range(len(first)))
+    parts = ("pixel_values", "labels", "augmentation")
+    return sum(not all(torch.equal(one[part], two[part]) for part in parts) for one, two in pairs)
 
 
 def _epoch_by_epoch(samples: SegmentationDataset, augment: Augment | None = None) -> Callable[[], None]:
