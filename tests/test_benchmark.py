@@ -230,6 +230,7 @@ def test_every_mode_runs_and_writes_what_it_measured(
             assert 0 < row["min"] <= row["median"] <= row["max"] and len(row["seconds"]) == 1
         for ratio in group["ratios"]:
             assert 0 < ratio["lowest"] <= ratio["ratio"] <= ratio["highest"]
+        assert group["facts"].get("differing_samples", 0) == 0
         # Rounding may choose another class between equals, and does no more.
         assert group["facts"].get("differing_pixels", 0) <= 0.001 * group["facts"].get("pixels", 1)
         assert group["title"] in printed

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 
 import datasets
 import torch
@@ -11,8 +12,10 @@ from cityseg_hf.benchmark.pipelines import read_all, torchvision_reference, tran
 from cityseg_hf.benchmark.timing import Contender, Group
 from cityseg_hf.config import DataConfig
 from cityseg_hf.data.augment import Augment, TrainTransform
-from cityseg_hf.data.cityscapes import load_cityscapes
+from cityseg_hf.data.cityscapes import IMAGE_SUFFIX, LABEL_SUFFIX, find_rows, load_cityscapes, read_bytes
 from cityseg_hf.data.loading import SegmentationDataset, collate
+from cityseg_hf.data.prepared import open_prepared
+from cityseg_hf.data.prepared_writer import prepare
 from cityseg_hf.data.sources import FileSource, Source
 from cityseg_hf.data.synthetic import make_synthetic
 from cityseg_hf.errors import UserError
@@ -32,44 +35,53 @@ def groups(options: Options) -> Iterator[Group]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = _rows(options)
-        height, width = options.size
-        for augmentation, work in WORK.items():
-            crop = augmentation == "standard"
-            transform = TrainTransform(DataConfig(augmentation=augmentation), options.size)
-            samples = {name: SegmentationDataset(source, transform) for name, source in _sources(rows).items()}
-            contenders = list(_ours(samples, transform.augment))
-            contenders.append(_theirs("torchvision reference", rows, torchvision_reference(options.size, crop=crop)))
-            if options.peers:
-                note = "crops without scaling" if crop else ""
-                pipeline = transformers_example(options.size, crop=crop)
-                contenders.append(_theirs("transformers example", rows, pipeline, note))
-            title = f"one sample of {height}x{width} on one core: {work}"
-            yield Group(title, contenders, {"differing_samples": differing_samples(list(samples.values()))})
+        root = _few_images(options)
+        rows = load_cityscapes(root)["train"]
+        prepare(str(root), options.folder / "prepared", size=options.size, say=lambda line: None)
+        sources = {
+            "cityseg_hf": FileSource(rows),
+            "cityseg_hf, prepared": open_prepared(options.folder / "prepared").sources["train"],
+        }
+        for augmentation in WORK:
+            yield _group(options, rows, sources, augmentation)
     finally:
         torch.set_num_threads(threads)
 
 
-def _rows(options: Options) -> datasets.Dataset:
-    root = options.root
-    if root is None:
-        root = options.folder / "streets"
+def _group(options: Options, rows: datasets.Dataset, sources: dict[str, Source], augmentation: str) -> Group:
+    crop = augmentation == "standard"
+    transform = TrainTransform(DataConfig(augmentation=augmentation), options.size)
+    samples = {name: SegmentationDataset(source, transform) for name, source in sources.items()}
+    contenders = list(_ours(samples, transform.augment))
+    contenders.append(_theirs("torchvision reference", rows, torchvision_reference(options.size, crop=crop)))
+    if options.peers:
+        note = "crops without scaling" if crop else ""
+        pipeline = transformers_example(options.size, crop=crop)
+        contenders.append(_theirs("transformers example", rows, pipeline, note))
+    title = f"one sample of {options.size[0]}x{options.size[1]} on one core: {WORK[augmentation]}"
+    return Group(title, contenders, {"differing_samples": differing_samples(list(samples.values()))})
+
+
+def _few_images(options: Options) -> Path:
+    """A tree of a few training images: the first of the given one, copied, or synthetic streets."""
+    target = options.folder / "tree"
+    if options.root is None:
         # As large against the samples as the images of Cityscapes are.
         size = (2 * options.size[0], 2 * options.size[1])
-        make_synthetic(root, train=IMAGES // 2, val=0, test=0, size=size)
-    rows = load_cityscapes(root)
-    if "train" not in rows:
-        raise UserError(f"{root} has no images in leftImg8bit/train")
-    return rows["train"].select(range(min(IMAGES, len(rows["train"]))))
+        return make_synthetic(target, train=IMAGES // 2, val=0, test=0, size=size)
+    rows = find_rows(options.root)["train"][:IMAGES]
+    if not rows:
+        raise UserError(f"{options.root} has no images in leftImg8bit/train")
+    for row in rows:
+        for kind, suffix, path in (("leftImg8bit", IMAGE_SUFFIX, row.image), ("gtFine", LABEL_SUFFIX, row.label)):
+            folder = target / kind / "train" / row.city
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{row.name}{suffix}").write_bytes(read_bytes(path))
+    return target
 
 
 def _theirs(name: str, rows: datasets.Dataset, pipeline: Callable, note: str = "") -> Contender:
     return Contender(name, read_all(rows, pipeline), note=note, pieces=len(rows))
-
-
-def _sources(rows: datasets.Dataset) -> dict[str, Source]:
-    """Our ways of reading, by the names of their rows in the table; the files themselves first."""
-    return {"cityseg_hf": FileSource(rows)}
 
 
 def _ours(samples: dict[str, SegmentationDataset], augment: Augment) -> Iterator[Contender]:

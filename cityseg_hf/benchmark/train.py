@@ -31,11 +31,9 @@ def groups(options: Options) -> Iterator[Group]:
     batch = random_batch(options)
     for name in options.models:
         ours = options.build(name)
+        peers = list(peers_of(ours, extra=options.peers))  # before our own way changes the network
         steps = [Contender("cityseg_hf", our_step(ours, batch), ours=True)]
-        steps += [
-            Contender(peer.name, peer_step(peer, batch), note=peer.note, same_work=peer.same_work)
-            for peer in peers_of(ours, extra=options.peers)
-        ]
+        steps += [Contender(one.name, peer_step(one, batch), note=one.note, same_work=one.same_work) for one in peers]
         contenders = [
             one._replace(run=_under(options, precision, one.run), precision=precision)
             for precision in options.precisions
