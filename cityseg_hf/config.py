@@ -161,7 +161,12 @@ class TrainConfig:
         None, "images per optimiser step over all processes; --batch_size follows from it"
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _flag(
-        None, "precision of the forward pass (default: what accelerate was launched with)"
+        None,
+        "precision of the forward pass (default: what accelerate was launched with; where that is fp32, bf16 on GPUs "
+        "that have it)",
+    )
+    compile: bool = _flag(
+        False, "compile the network block by block, and the loss (torch.compile): slow to start, then faster"
     )
     auxiliary_loss_weight: float = _flag(0.4, "weight of the auxiliary head's loss, for networks that have one")
     class_weights: Literal["none", "enet"] = _flag(

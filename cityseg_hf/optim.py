@@ -34,11 +34,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019), optionally AMSGrad (Reddi et al., 2018), or SGD with momentum."""
+    """AdamW (Loshchilov and Hutter, 2019), optionally AMSGrad (Reddi et al., 2018), or SGD with momentum.
+
+    Fused: one pass over each parameter and its state.
+    """
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, amsgrad=config.amsgrad)
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, amsgrad=config.amsgrad, fused=True)
 
 
 def rate_factor(config: OptimConfig, plan: "Plan") -> Callable[[int], float]:

@@ -3,7 +3,7 @@
 By a whole factor s (corners not aligned) it has only s different weights along an axis: the centre of output pixel y
 lies at ``(y + 1/2) / s - 1/2`` between two coarse rows, so the pixels y, y + s, y + 2 s, ... all mix their two
 neighbours in the same proportion. Such a *phase* is one ``lerp`` of the coarse map with itself moved by a row,
-contiguous and without any index. Other factors go through bands of output rows.
+contiguous and without any index. Small maps and other factors go through bands of output rows.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 TILE = 2**19
 """Floats of a piece on a CPU, 2 MiB: what the caches of two cores hold. Other devices take an image at a time."""
+
+PHASE_PIXELS = 3000
+"""Coarse pixels below which phases are too small to be worth their number: a stride of 32 has 1,024 of them."""
 
 Size = tuple[int, int]
 
@@ -106,17 +109,17 @@ class BandPiece(NamedTuple):
         return image[self.rows]
 
 
-def whole_factors(image: Tensor, size: Size) -> Size | None:
-    """By what whole factors ``[C, h, w]`` must grow to a size, if they are whole."""
+def phase_factors(image: Tensor, size: Size) -> Size | None:
+    """By what factors ``[C, h, w]`` must grow to a size, where they are whole and phases are the faster way."""
     height, width = image.shape[-2:]
-    if size[0] % height or size[1] % width:
+    if size[0] % height or size[1] % width or height * width < PHASE_PIXELS:
         return None
     return size[0] // height, size[1] // width
 
 
 def pieces(image: Tensor, size: Size) -> Iterator[PhasePiece | BandPiece]:
     """Cuts the upsampling of ``float32[C, h, w]`` into pieces that together are each output pixel once."""
-    factors = whole_factors(image, size)
+    factors = phase_factors(image, size)
     if factors is None:
         yield from band_pieces(image, size)
         return

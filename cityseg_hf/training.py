@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -19,16 +19,16 @@ from cityseg_hf.data.loading import (
     SegmentationDataset,
     TrainBatches,
     make_loader,
+    on_device,
     raise_errors,
     random_seed,
-    to_device,
 )
 from cityseg_hf.data.sources import Source, selection_split, test_split
 from cityseg_hf.data.transforms import EvalTransform, normalize
 from cityseg_hf.errors import Stopped
 from cityseg_hf.evaluation import evaluate, evaluation_loader
 from cityseg_hf.inference import load_model_folder, predict
-from cityseg_hf.launch import StopSignals
+from cityseg_hf.launch import StopSignals, prepare_network
 from cityseg_hf.losses import Criterion, class_weights, label_mass
 from cityseg_hf.models import freeze_batchnorm
 from cityseg_hf.optim import Plan, make_optimizer, rate_factor
@@ -77,15 +77,14 @@ class Trainer:
             global_batch=batches.global_batch,
             logging_steps=config.run.logging_steps,
         )
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            # The few images of one process make poor statistics; on GPUs they are shared.
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.network = model
-        optimizer = make_optimizer(model, config.optim)
+        self.network = prepare_network(model, accelerator, compiled=config.train.compile)
+        optimizer = make_optimizer(self.network, config.optim)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(config.optim, self.plan))
         weighted = config.train.class_weights == "enet"
         self.class_weights = class_weights(sources["train"].count_pixels()) if weighted else None
-        criterion = Criterion(model, config.train.auxiliary_loss_weight, self.class_weights)
+        criterion = Criterion(
+            self.network, config.train.auxiliary_loss_weight, self.class_weights, compiled=config.train.compile
+        )
         self.criterion, self.optimizer = accelerator.prepare(criterion, optimizer)
         # All state that a run goes on from is registered here, once; weights and optimiser were by prepare().
         accelerator.register_for_checkpointing(self.progress, self.scheduler)
@@ -133,9 +132,9 @@ class Trainer:
     def _train(self, signals: StopSignals) -> None:
         batches = self._batches()
         batches.first_step, batches.last_step = self.progress.step, self.plan.total_steps
-        on_cuda = self.accelerator.device.type == "cuda"
-        workers = self.config.run.num_workers
-        stream = raise_errors(make_loader(self.train_set, batches, num_workers=workers, pin_memory=on_cuda))
+        device, workers = self.accelerator.device, self.config.run.num_workers
+        loader = make_loader(self.train_set, batches, num_workers=workers, pin_memory=device.type == "cuda")
+        stream = on_device(raise_errors(loader), device)
         self._set_train_mode()
         with self.reporter.bar(self.progress.step) as bar:
             while self.progress.step < self.plan.total_steps and not self.progress.stopped_early:
@@ -164,9 +163,9 @@ class Trainer:
         batches = list(islice(stream, train.gradient_accumulation_steps))
         # The mean is over the valid pixels of the whole global batch: a mean of means would weight void unequally.
         valid = torch.stack([label_mass(batch["labels"], self.class_weights) for batch in batches]).sum()
-        valid = accelerator.reduce(valid.to(accelerator.device), "sum").clamp(min=1)
+        valid = accelerator.reduce(valid, "sum").clamp(min=1)
         total = torch.zeros((), device=accelerator.device)
-        for number, batch in enumerate((to_device(batch, accelerator.device) for batch in batches), start=1):
+        for number, batch in enumerate(batches, start=1):
             # Gradients cross processes once a step, with the last batch.
             with nullcontext() if number == len(batches) else accelerator.no_sync(self.criterion):
                 pixel_values, labels = self.augment(batch["pixel_values"], batch["labels"], batch["augmentation"])

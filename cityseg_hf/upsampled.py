@@ -25,12 +25,12 @@ from cityseg_hf.pieces import (
     bands,
     lerp,
     pad,
+    phase_factors,
     phase_pieces,
     phases,
     pieces,
     unpad,
     weight_of_step,
-    whole_factors,
 )
 
 MIXED_CELLS = 0.4
@@ -72,7 +72,7 @@ def argmax(logits: Tensor, size: Size) -> Tensor:
     """
     out = torch.empty(len(logits), *size, dtype=torch.uint8, device=logits.device)
     for image, best in zip(_exact(logits).unbind(), out, strict=True):
-        factors = whole_factors(image, size)
+        factors = phase_factors(image, size)
         if logits.is_cpu and factors not in (None, (1, 1)) and _argmax_of_mixed_cells(image, best, factors):
             continue
         for piece in pieces(image, size):
@@ -152,7 +152,7 @@ class _CrossEntropySum(torch.autograd.Function):
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         total = _exact(logits.new_zeros(()))
         for image, label, mine in zip(logits.unbind(), labels, gradient, strict=True):
-            whole = whole_factors(image, tuple(label.shape)) is not None
+            whole = phase_factors(image, tuple(label.shape)) is not None
             loss, slope = (_by_phases if whole else _by_bands)(_exact(image), label, weights, loss_of_piece)
             total += loss
             mine.copy_(slope)
@@ -213,7 +213,7 @@ def _by_phases(
     image: Tensor, label: Tensor, weights: Tensor | None, loss_of_piece: LossOfPiece
 ) -> tuple[Tensor, Tensor]:
     """The loss of one image ``float32[C, h, w]`` and its gradient, for whole factors."""
-    factors = whole_factors(image, tuple(label.shape))
+    factors = phase_factors(image, tuple(label.shape))
     padded, total = pad(image), image.new_zeros(())
     gradient = torch.zeros_like(padded)
     for first, count in bands(image):

@@ -206,8 +206,8 @@ def test_optimizer_walks_as_torchs_does(config: OptimConfig, make: type[torch.op
         for model, optimizer in zip((ours, theirs, plain), optimizers, strict=True):
             model.weight.grad = torch.arange(6.0).view(2, 3) / step**4
             optimizer.step()
-    assert torch.equal(ours.weight, theirs.weight)
-    assert torch.equal(ours.weight, plain.weight) is (config.optimizer == "adamw" and not config.amsgrad)
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(ours.weight, plain.weight, rtol=1e-4) is (config.optimizer == "adamw" and not config.amsgrad)
 
 
 # --- losses

@@ -72,6 +72,30 @@ def test_a_signal_to_the_whole_group_saves_and_exits_75(streets: Path, tmp_path:
     assert len(list(tmp_path.glob("saved_models/run/checkpoints/step_*"))) >= 1
 
 
+LEAVES_A_DEAF_WORKER = """
+import multiprocessing, signal, time
+from cityseg_hf.cli import exit_with
+
+def work():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("deaf", flush=True)
+    time.sleep(600)
+
+def main(argv):
+    worker = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    worker.start()
+    time.sleep(0.5)
+    return 75
+
+exit_with(main)
+"""
+
+
+def test_workers_that_are_deaf_to_signals_do_not_keep_a_script_alive() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVES_A_DEAF_WORKER], capture_output=True, timeout=60, cwd=REPO)
+    assert done.returncode == 75 and b"deaf" in done.stdout
+
+
 def test_listed_models_exist() -> None:
     """Defect 10: the help listed models that did not exist."""
     done = subprocess.run(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from cityseg_hf import UserError, load_cityscapes
+from cityseg_hf import UserError, launch, load_cityscapes
 from cityseg_hf.checkpoint import Progress
 from cityseg_hf.data.sources import FileSource
 from cityseg_hf.errors import Stopped
@@ -283,3 +283,47 @@ def test_a_push_can_be_asked_for_later(run_train: RunTrain, streets: Path, monke
     run_train("-d", streets, *TINY_UNET, "--max_steps", 1, "-b", 4)
     run_train("-d", streets, *TINY_UNET, "--max_steps", 1, "-b", 4, "--push_to_hub", "someone/model")
     assert pushed == [("best_miou", "someone/model")]
+
+
+def losses_of(run: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(run) if line["split"] == "train"]
+
+
+TINY_SEGFORMER = ("--model", "segformer_b0", "--num_workers", 0, "--model_args")
+TINY_SEGFORMER += ("hidden_sizes=[16,16,16,16]", "depths=[1,1,1,1]", "num_attention_heads=[1,1,1,1]")
+TINY_SEGFORMER += ("decoder_hidden_size=16",)
+
+
+@pytest.mark.slow
+def test_compilation_changes_no_curve_and_no_name(
+    run_train: RunTrain, streets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved is what an uncompiled run saves, and the losses agree. Traced as ever, but kernels are torch's."""
+    by_region = launch.compile_regions_fsdp2
+    monkeypatch.setattr(launch, "compile_regions_fsdp2", lambda network: by_region(network, backend="aot_eager"))
+    model = TINY_SEGFORMER
+    plain, compiled = (
+        run_train(
+            "-d", streets, *model, "--max_steps", 3, "-b", 2, "--logging_steps", 1, *extra, name=f"run{len(extra)}"
+        )
+        for extra in ((), ("--compile",))
+    )
+    np.testing.assert_allclose(losses_of(compiled), losses_of(plain), rtol=1e-4)
+    assert load_file(compiled / "last/model.safetensors").keys() == load_file(plain / "last/model.safetensors").keys()
+
+
+def test_compilation_without_a_compiler_is_one_line(
+    run_train: RunTrain, streets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler"):
+        run_train("-d", streets, *TINY_UNET, "--max_steps", 1, "-b", 2, "--compile")
+
+
+def test_saved_weights_lie_as_they_are_read(run_train: RunTrain, streets: Path) -> None:
+    """Training keeps weights channels last; files hold them in the order of their indices."""
+    run = run_train("-d", streets, *TINY_UNET, "--max_steps", 2, "-b", 4)
+    model = AutoModelForSemanticSegmentation.from_pretrained(run / "last")
+    weights = load_file(run / "last/model.safetensors")
+    assert all(weight.is_contiguous() for weight in weights.values())
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())

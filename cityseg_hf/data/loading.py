@@ -215,3 +215,26 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         return [move(item) for item in value] if isinstance(value, list) else value
 
     return {name: value if name == "augmentation" else move(value) for name, value in batch.items()}
+
+
+def on_device(batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The batches on a device; on a GPU the next one is on its way, on a stream of its own, while one is used."""
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in batches)
+        return
+    copies, batches = torch.cuda.Stream(device), iter(batches)
+
+    def send() -> dict[str, Any] | None:
+        batch = next(batches, None)
+        with torch.cuda.stream(copies):
+            return None if batch is None else to_device(batch, device)
+
+    coming = send()
+    while coming is not None:
+        used = torch.cuda.current_stream(device)
+        used.wait_stream(copies)
+        for value in coming.values():
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(used)  # its memory is not given to the next copy before the step is through
+        batch, coming = coming, send()
+        yield batch

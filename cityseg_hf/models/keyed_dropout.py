@@ -62,13 +62,14 @@ class KeyedDropout(_Keyed):
         """``float[B, ...]`` -> the same shape."""
         if not self.training:
             return hidden_states
-        seeds = self.randomness.take(self, len(hidden_states))
-        if seeds is None:
-            return nn.functional.dropout(hidden_states, self.probability)
-        return hidden_states * self._mask(hidden_states, seeds)
+        mask = self._mask(hidden_states)
+        return nn.functional.dropout(hidden_states, self.probability) if mask is None else hidden_states * mask
 
     @torch.compiler.disable
-    def _mask(self, hidden_states: Tensor, seeds: np.ndarray) -> Tensor:
+    def _mask(self, hidden_states: Tensor) -> Tensor | None:
+        seeds = self.randomness.take(self, len(hidden_states))
+        if seeds is None:
+            return None
         # Maps are drawn channels last, the layout of the networks: the product then walks over both in one order.
         is_map = hidden_states.ndim == 4
         shape = hidden_states.permute(0, 2, 3, 1).shape if is_map else hidden_states.shape
@@ -92,12 +93,15 @@ class KeyedDropPath(_Keyed):
         """``float[B, ...]`` -> the same shape."""
         if not self.training:
             return hidden_states
+        # [B] -> [B, 1, ..., 1]
+        keep = self._keep(hidden_states).reshape(-1, *[1] * (hidden_states.ndim - 1))
+        return hidden_states * keep
+
+    @torch.compiler.disable
+    def _keep(self, hidden_states: Tensor) -> Tensor:
         draws = self.randomness.take(self, len(hidden_states))
         uniform = torch.rand(len(hidden_states)) if draws is None else torch.from_numpy(draws / 2.0**64)
-        keep = (uniform >= self.probability) / (1 - self.probability)
-        # [B] -> [B, 1, ..., 1]
-        keep = keep.to(hidden_states).reshape(-1, *[1] * (hidden_states.ndim - 1))
-        return hidden_states * keep
+        return ((uniform >= self.probability) / (1 - self.probability)).to(hidden_states)
 
 
 def key_dropout(model: nn.Module) -> SampleRandomness:
