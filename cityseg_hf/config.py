@@ -169,8 +169,10 @@ class TrainConfig:
         False, "compile the network block by block, and the loss (torch.compile): slow to start, then faster"
     )
     auxiliary_loss_weight: float = _flag(0.4, "weight of the auxiliary head's loss, for networks that have one")
-    class_weights: Literal["none", "enet"] = _flag(
-        "none", "weights of the classes in the loss, from their share of the training labels: 1 / ln(1.02 + share)"
+    class_weights: Literal["none", "enet", "enet_sqrt"] = _flag(
+        "none",
+        "weights of the classes in the loss, from their share of the training labels: 1 / ln(1.02 + share), or its "
+        "square root",
     )
     val_freq: int = _flag(1, "validate every f epochs", "-f")
     early_stopping_patience: int = _flag(

@@ -1,6 +1,7 @@
 """Losses as sums over pixels, so that the mean over a global batch is exact however it is cut up."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,22 @@ def count_valid(labels: Tensor) -> Tensor:
     return (labels != IGNORE).sum()
 
 
-def class_weights(pixels: Tensor) -> Tensor:
+def class_weights(pixels: Tensor, kind: Literal["enet", "enet_sqrt"] = "enet") -> Tensor:
     """Weights that make rare classes heard: ``1 / ln(1.02 + share)`` (Paszke et al., *ENet*, 2016, section 5.1).
 
-    They lie between 1.4 and 50.5: a class that fills a third of the images weighs 3.3, one of a thousandth 48.
+    They lie between 1.4 and 50.5: a class that fills a third of the images weighs 3.3, one of a thousandth 48. With
+    such weights rare classes are found, and found too often: ``enet_sqrt``, their square roots, costs less precision.
 
     Args:
         pixels: ``int64[C]``, how many pixels of each class the training labels hold.
+        kind: which of the two.
 
     Returns:
         ``float32[C]``.
     """
     share = pixels.double() / pixels.sum().clamp(min=1)
-    return (1 / torch.log(1.02 + share)).float()
+    weights = 1 / torch.log(1.02 + share)
+    return (weights.sqrt() if kind == "enet_sqrt" else weights).float()
 
 
 def label_mass(labels: Tensor, weights: Tensor | None = None) -> Tensor:

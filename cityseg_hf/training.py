@@ -80,8 +80,8 @@ class Trainer:
         self.network = prepare_network(model, accelerator, compiled=config.train.compile)
         optimizer = make_optimizer(self.network, config.optim)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(config.optim, self.plan))
-        weighted = config.train.class_weights == "enet"
-        self.class_weights = class_weights(sources["train"].count_pixels()) if weighted else None
+        kind = config.train.class_weights
+        self.class_weights = None if kind == "none" else class_weights(sources["train"].count_pixels(), kind)
         criterion = Criterion(
             self.network, config.train.auxiliary_loss_weight, self.class_weights, compiled=config.train.compile
         )

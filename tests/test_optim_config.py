@@ -632,6 +632,7 @@ def test_class_weights_are_those_of_enet() -> None:
     """1 / ln(1.02 + share), worked by hand for shares 0.98, 0.02 and 0."""
     weights = class_weights(torch.tensor([98, 2, 0]))
     torch.testing.assert_close(weights, torch.tensor([1 / math.log(2.0), 1 / math.log(1.04), 1 / math.log(1.02)]))
+    torch.testing.assert_close(class_weights(torch.tensor([98, 2, 0]), "enet_sqrt").square(), weights)
 
 
 def test_weighted_loss_is_torchs_weighted_mean() -> None:

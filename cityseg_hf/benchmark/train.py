@@ -58,7 +58,7 @@ def random_batch(options: Options) -> Batch:
 
 def our_step(network: nn.Module, batch: Batch) -> Callable[[torch.autocast], None]:
     """``Trainer._step`` of one process and one batch, without what it logs."""
-    criterion = Criterion(network, 0.4).train()
+    criterion = Criterion(network.to(memory_format=torch.channels_last), 0.4).train()
     optimizer = make_optimizer(network, OptimConfig(learning_rate=LEARNING_RATE))
     labels, epoch = batch.labels.to(torch.uint8), 0  # the type that our loader makes
 
