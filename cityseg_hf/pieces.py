@@ -71,9 +71,9 @@ class PhasePiece(NamedTuple):
         top, bottom = (self.lines[:, self.row.first + one : self.row.first + one + count] for one in (0, 1))
         return top, bottom, self.row.weight
 
-    def scores(self) -> Tensor:
-        """The logits of these pixels: a new ``float32[C, r, w]``."""
-        return lerp(*self.neighbours())
+    def scores(self, into: Tensor | None = None) -> Tensor:
+        """The logits of these pixels, ``float32[C, r, w]``: in the place of ``into`` where that fits, else new."""
+        return lerp(*self.neighbours(), into)
 
     def of(self, image: Tensor) -> Tensor:
         """These pixels of a map ``[H, W]``: a view ``[r, w]``."""
@@ -97,7 +97,7 @@ class BandPiece(NamedTuple):
     width: int
     rows: slice
 
-    def scores(self) -> Tensor:
+    def scores(self, into: Tensor | None = None) -> Tensor:
         """The logits of these pixels: a new ``float32[C, R, W]``."""
         size = (self.coarse.shape[1], self.width)
         lines = F.interpolate(self.coarse[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -123,10 +123,10 @@ def pieces(image: Tensor, size: Size) -> Iterator[PhasePiece | BandPiece]:
     if factors is None:
         yield from band_pieces(image, size)
         return
-    padded = pad(image)
     for first, count in bands(image):
+        band = padded_band(image, first, count)
         for column in phases(factors[1]):
-            yield from phase_pieces(along_columns(padded[:, first : first + count + 2], column), first, column, factors)
+            yield from phase_pieces(along_columns(band, column), first, column, factors)
 
 
 def bands(image: Tensor) -> Iterator[tuple[int, int]]:
@@ -137,9 +137,11 @@ def bands(image: Tensor) -> Iterator[tuple[int, int]]:
         yield first, min(rows, height - first)
 
 
-def pad(image: Tensor) -> Tensor:
-    """Repeats the pixels at the border once: ``[C, h, w]`` -> ``[C, h + 2, w + 2]``."""
-    return F.pad(image[None], (1, 1, 1, 1), mode="replicate")[0]
+def padded_band(image: Tensor, first: int, count: int) -> Tensor:
+    """Some rows of ``[C, h, w]`` with a pixel more on each side, the border's own repeated: ``[C, r + 2, w + 2]``."""
+    at_top, at_bottom = first == 0, first + count == image.shape[-2]
+    rows = image[:, first - (not at_top) : first + count + (not at_bottom)]
+    return F.pad(rows[None], (1, 1, int(at_top), int(at_bottom)), mode="replicate")[0]
 
 
 def along_columns(padded: Tensor, column: Phase) -> Tensor:
@@ -173,9 +175,11 @@ def band_pieces(image: Tensor, size: Size) -> Iterator[BandPiece]:
         yield BandPiece(image[:, first:last], band[:, first:last].to(image), first, size[1], where)
 
 
-def lerp(top: Tensor, bottom: Tensor, share: float) -> Tensor:
-    """A new tensor, ``(1 - share) top + share bottom``."""
-    return top.clone() if share == 0 else torch.lerp(top, bottom, share)
+def lerp(top: Tensor, bottom: Tensor, share: float, into: Tensor | None = None) -> Tensor:
+    """``(1 - share) top + share bottom``, in the place of ``into`` where that has its size, else a new tensor."""
+    if into is None or into.shape != top.shape:
+        into = torch.empty_like(top, memory_format=torch.contiguous_format)
+    return into.copy_(top) if share == 0 else torch.lerp(top, bottom, share, out=into)
 
 
 def add_back(to: Tensor, gradient: Tensor, phase: Phase, axis: int) -> None:
@@ -187,7 +191,7 @@ def add_back(to: Tensor, gradient: Tensor, phase: Phase, axis: int) -> None:
 
 
 def unpad(padded: Tensor) -> Tensor:
-    """The transpose of ``pad``: what the repeated pixels got goes to those they repeat."""
+    """The transpose of the padding: what the repeated pixels got goes to those they repeat."""
     for axis in (1, 2):
         size = padded.shape[axis]
         for repeated, pixel in ((0, 1), (size - 1, size - 2)):

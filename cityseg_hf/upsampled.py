@@ -24,7 +24,7 @@ from cityseg_hf.pieces import (
     band_pieces,
     bands,
     lerp,
-    pad,
+    padded_band,
     phase_factors,
     phase_pieces,
     phases,
@@ -71,12 +71,15 @@ def argmax(logits: Tensor, size: Size) -> Tensor:
         ``uint8[B, *size]``.
     """
     out = torch.empty(len(logits), *size, dtype=torch.uint8, device=logits.device)
-    for image, best in zip(_exact(logits).unbind(), out, strict=True):
+    scores = None
+    for image, best in zip(logits.unbind(), out, strict=True):
+        image = _exact(image).contiguous()
         factors = phase_factors(image, size)
         if logits.is_cpu and factors not in (None, (1, 1)) and _argmax_of_mixed_cells(image, best, factors):
             continue
         for piece in pieces(image, size):
-            piece.of(best).copy_(_first_best(piece.scores()))
+            scores = piece.scores(scores)  # in the memory of the last piece: it is in the cache
+            piece.of(best).copy_(_first_best(scores))
     return out
 
 
@@ -93,9 +96,9 @@ def argmax_and_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
         ``uint8[B, H, W]`` and a ``float32`` scalar.
     """
     out = torch.empty_like(labels, dtype=torch.uint8)
-    logits = _exact(logits)
-    total = logits.new_zeros(())
+    total = _exact(logits.new_zeros(()))
     for image, label, best in zip(logits.unbind(), labels, out, strict=True):
+        image = _exact(image).contiguous()
         for piece in pieces(image, tuple(label.shape)):
             scores, mine = piece.scores(), piece.of(label)
             scores -= scores.amax(0)
@@ -124,16 +127,30 @@ def _target(label: Tensor, classes: int) -> Tensor:
 
 
 def _first_best(scores: Tensor) -> Tensor:
-    """The first largest of ``float32[C, ...]`` -> ``float32[...]``. Overwrites the scores.
+    """The first largest of ``float[C, ...]`` -> numbers of classes ``[...]``. Overwrites the scores.
 
     Twelve times as fast as ``argmax`` over the first axis on a CPU: all steps here run on whole vectors.
     """
     classes = len(scores)
-    rank = torch.arange(classes, 0, -1, dtype=scores.dtype, device=scores.device)
-    # 1 where a score is the largest, else 0; then the largest rank is that of the first class that has it.
-    best = scores.ge_(scores.amax(0)).mul_(rank.reshape(-1, *[1] * (scores.ndim - 1))).amax(0)
-    # Logits that are not numbers have no largest: any class but one that does not exist.
-    return classes - best.clamp_(min=1)
+    hits = scores.ge_(scores.amax(0)).flatten(1)  # [C, N]: 1 where a score is the largest, else 0
+    if classes > 24 or scores.dtype != torch.float32 or not scores.is_cpu:
+        rank = torch.arange(classes, 0, -1, dtype=scores.dtype, device=scores.device)
+        # The largest rank is that of the first class that is hit.
+        best = classes - hits.mul_(rank[:, None]).amax(0).clamp_(min=1)
+    else:
+        # One product: powers of two add up exactly in float32's 24 bits, and the exponent of their sum is that of the
+        # first class that is hit.
+        with torch.autocast("cpu", enabled=False):
+            best = (126 + classes) - ((_powers_of_two(classes) @ hits).view(torch.int32) >> 23)
+        # Logits that are not numbers have no largest: any class but one that does not exist.
+        best.clamp_(max=classes - 1)
+    return best.view(scores.shape[1:])
+
+
+@functools.cache
+def _powers_of_two(classes: int) -> Tensor:
+    """``2^(C - 1), ..., 2, 1``: ``float32[C]``."""
+    return torch.tensor([2.0**power for power in range(classes - 1, -1, -1)])
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -153,7 +170,8 @@ class _CrossEntropySum(torch.autograd.Function):
         total = _exact(logits.new_zeros(()))
         for image, label, mine in zip(logits.unbind(), labels, gradient, strict=True):
             whole = phase_factors(image, tuple(label.shape)) is not None
-            loss, slope = (_by_phases if whole else _by_bands)(_exact(image), label, weights, loss_of_piece)
+            image = _exact(image).contiguous()
+            loss, slope = (_by_phases if whole else _by_bands)(image, label, weights, loss_of_piece)
             total += loss
             mine.copy_(slope)
         ctx.save_for_backward(gradient)
@@ -214,10 +232,10 @@ def _by_phases(
 ) -> tuple[Tensor, Tensor]:
     """The loss of one image ``float32[C, h, w]`` and its gradient, for whole factors."""
     factors = phase_factors(image, tuple(label.shape))
-    padded, total = pad(image), image.new_zeros(())
-    gradient = torch.zeros_like(padded)
+    total = image.new_zeros(())
+    gradient = image.new_zeros(len(image), image.shape[1] + 2, image.shape[2] + 2)
     for first, count in bands(image):
-        band, band_gradient = (whole[:, first : first + count + 2] for whole in (padded, gradient))
+        band, band_gradient = padded_band(image, first, count), gradient[:, first : first + count + 2]
         for column in phases(factors[1]):
             lines = along_columns(band, column)
             lines_gradient = torch.zeros_like(lines)
@@ -265,8 +283,11 @@ def _argmax_of_mixed_cells(image: Tensor, out: Tensor, factors: Size) -> bool:
     Returns:
         Whether it was done; not where too many cells have corners that disagree.
     """
-    # uint8[h + 2, w + 2]
-    best = pad(_first_best(image.clone())[None])[0].to(torch.uint8)
+    best = torch.empty(1, *image.shape[1:], dtype=torch.uint8)
+    for first, count in bands(image):
+        rows = slice(first, first + count)
+        best[0, rows] = _first_best(image[:, rows].clone())
+    best = padded_band(best, 0, best.shape[1])[0]  # uint8[h + 2, w + 2]
     corner = best[:-1, :-1]  # [h + 1, w + 1]: the cells, each by its upper left pixel
     mixed = (corner != best[:-1, 1:]) | (corner != best[1:, :-1]) | (corner != best[1:, 1:])
     cells = mixed.flatten().nonzero()[:, 0]
@@ -274,31 +295,33 @@ def _argmax_of_mixed_cells(image: Tensor, out: Tensor, factors: Size) -> bool:
         return False
     # uint8[h + 1, s, w + 1, s] -> [(h + 1) s, (w + 1) s]: the image, and half a cell around it.
     wide = corner[:, None, :, None].expand(-1, factors[0], -1, factors[1]).flatten(2).flatten(0, 1)
-    _write_mixed_cells(pad(image), cells, wide.flatten(), factors)
+    _write_mixed_cells(image, cells, wide.flatten(), factors)
     top, left = ((factor + 1) // 2 for factor in factors)
     out.copy_(wide[top : top + out.shape[0], left : left + out.shape[1]])
     return True
 
 
-def _write_mixed_cells(padded: Tensor, cells: Tensor, wide: Tensor, factors: Size) -> None:
+def _write_mixed_cells(image: Tensor, cells: Tensor, wide: Tensor, factors: Size) -> None:
     """Writes the best classes of the pixels of some cells.
 
     Args:
-        padded: ``float32[C, h + 2, w + 2]``.
+        image: ``float32[C, h, w]``.
         cells: ``long[P]``, numbers of cells, ``h + 1`` rows of ``w + 1``.
         wide: ``uint8[(h + 1) * s * (w + 1) * s]``: is written to.
         factors: rows and columns that a cell becomes.
     """
-    classes, _, line = padded.shape
-    flat = padded.flatten(1)
-    for some in cells.split(max(1, TILE // classes)):
-        row, column = some // (line - 1), some % (line - 1)
-        corner = row * line + column
-        corners = [flat[:, corner + step] for step in (0, 1, line, line + 1)]  # four of [C, P]
-        place = row * (factors[0] * (line - 1) * factors[1]) + column * factors[1]
+    classes, height, width = image.shape
+    flat, line = image.flatten(1), (width + 1) * factors[1]  # pixels of a row of ``wide``
+    for some in cells.split(max(1, TILE // (8 * classes))):
+        row, column = some // (width + 1), some % (width + 1)
+        above, below = (row - 1).clamp(min=0) * width, row.clamp(max=height - 1) * width
+        left, right = (column - 1).clamp(min=0), column.clamp(max=width - 1)
+        # Four of [C, P]
+        corners = [flat.index_select(1, y + x) for y in (above, below) for x in (left, right)]
+        place, scores = row * (factors[0] * line) + column * factors[1], None
         for x in range(factors[1]):
             across = weight_of_step(x, factors[1])
             top, bottom = torch.lerp(corners[0], corners[1], across), torch.lerp(corners[2], corners[3], across)
             for y in range(factors[0]):
-                found = _first_best(torch.lerp(top, bottom, weight_of_step(y, factors[0]))).to(torch.uint8)
-                wide[place + (y * (line - 1) * factors[1] + x)] = found
+                scores = lerp(top, bottom, weight_of_step(y, factors[0]), scores)
+                wide[place + (y * line + x)] = _first_best(scores).to(torch.uint8)

@@ -160,8 +160,9 @@ def test_argmax_of_a_street(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(looked_at) < 0.5 * 256 * 512
 
 
-def test_the_first_of_equals_wins() -> None:
-    logits = torch.zeros(1, 19, 4, 4)
+@pytest.mark.parametrize("classes", [8, 19, 24, 25, 150])
+def test_the_first_of_equals_wins(classes: int) -> None:
+    logits = torch.zeros(1, classes, 4, 4)
     logits[:, [3, 7]] = 1
     for size in ((16, 16), (4, 4), (9, 7)):
         assert (argmax(logits, size) == 3).all()
