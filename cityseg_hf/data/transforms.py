@@ -88,27 +88,28 @@ class RandomScaleCrop:
         scale = torch.empty(1).uniform_(*self.scales).item()
         axes = [_window(side, crop, scale) for side, crop in zip(self.image_size, self.crop_size, strict=True)]
         (height, width), size = (tuple(numbers) for numbers in zip(*axes, strict=True))
-        label, top, left = self._choose(label, (height, width), size)
+        top, left = self._choose(label, (height, width))
+        label = resize_label(label[top : top + height, left : left + width], size)
         # Packed as [H, W, 3]: torch has a fast kernel for that.
         region = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        image = resize_image(region, size).contiguous()
+        image = resize_image(region, size)
         # Padding goes to the right and below, as in the field.
         padding = (0, self.crop_size[1] - size[1], 0, self.crop_size[0] - size[0])
         if any(padding):
             image, label = nn.functional.pad(image, padding), nn.functional.pad(label, padding, value=IGNORE)
         return image, label
 
-    def _choose(self, label: Tensor, window: Size, size: Size) -> tuple[Tensor, int, int]:
-        """The label of the crop ``uint8[size]``, and the top and left of its window; even over all positions."""
+    def _choose(self, label: Tensor, window: Size) -> Size:
+        """The top and left of a window of ``uint8[H, W]``; even over all positions."""
         (height, width), positions = window, [side - taken + 1 for side, taken in zip(label.shape, window, strict=True)]
         for _ in range(10):
             top, left = (int(torch.randint(count, ())) for count in positions)
-            cut = resize_label(label[top : top + height, left : left + width], size)
-            counts = torch.bincount(cut.flatten(), minlength=256)[:IGNORE]
+            # Shares are counted before the resize, which keeps them.
+            counts = torch.bincount(label[top : top + height, left : left + width].flatten(), minlength=256)[:IGNORE]
             # A crop that is all void has no class that could fill it: draw again.
             if 0 < int(counts.max()) <= self.max_class_share * int(counts.sum()) or positions == [1, 1]:
                 break
-        return cut, top, left
+        return top, left
 
 
 def _window(side: int, crop: int, scale: float) -> tuple[int, int]:
