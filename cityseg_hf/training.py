@@ -81,7 +81,9 @@ class Trainer:
         optimizer = make_optimizer(self.network, config.optim)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(config.optim, self.plan))
         kind = config.train.class_weights
-        self.class_weights = None if kind == "none" else class_weights(sources["train"].count_pixels(), kind)
+        self.class_weights = None
+        if kind != "none":
+            self.class_weights = class_weights(sources["train"].count_pixels(), kind).to(accelerator.device)
         criterion = Criterion(
             self.network, config.train.auxiliary_loss_weight, self.class_weights, compiled=config.train.compile
         )
