@@ -165,8 +165,8 @@ class _CrossEntropySum(torch.autograd.Function):
         """See ``cross_entropy_sum``."""
         if not ctx.needs_input_grad[0]:
             return argmax_and_loss(logits, labels, weights)[1]
-        # float[B, C, h, w], as the logits: written once, image by image.
-        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        # As the logits, in their layout too: a gradient in another one slows every layer that it passes.
+        gradient = torch.empty_like(logits)
         total = _exact(logits.new_zeros(()))
         for image, label, mine in zip(logits.unbind(), labels, gradient, strict=True):
             whole = phase_factors(image, tuple(label.shape)) is not None

@@ -1,8 +1,10 @@
 """Reading Cityscapes as it is downloaded, its faults, and the order and randomness of samples."""
 
 import io
+import os
 import random
 import shutil
+import signal
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -643,3 +645,24 @@ def test_labels_of_several_sizes_stay_apart(tmp_path: Path) -> None:
     (batch,) = raise_errors(make_loader(dataset, EvalBatches(2, batch_size=2), num_workers=0))
     assert batch["pixel_values"].shape == (2, 3, 16, 32)
     assert [tuple(label.shape) for label in batch["labels"]] == [(24, 32), (17, 41)]
+
+
+def test_a_signal_while_workers_start_kills_none(streets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes before a worker is deaf waits; the main process gets it once they have started."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("main"))
+    set_threads = torch.set_num_threads
+
+    def slow_start(count: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # in the worker, before it is deaf
+        os.kill(os.getppid(), signal.SIGTERM)
+        set_threads(count)
+
+    monkeypatch.setattr(torch, "set_num_threads", slow_start)
+    try:
+        dataset = make_dataset(streets, "none")
+        loader = make_loader(dataset, EvalBatches(len(dataset), batch_size=4), num_workers=2)
+        assert sum(len(batch["labels"]) for batch in raise_errors(loader)) == len(dataset)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "main" in seen

@@ -102,7 +102,9 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def raise_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
     """The batches of a loader; a fault of the data that a worker met is raised here, as the one line it is."""
-    for batch in loader:
+    with _signals_held():
+        batches = iter(loader)
+    for batch in batches:
         if "error" in batch:
             raise LocalFault(batch["error"])
         yield batch
@@ -197,13 +199,30 @@ def make_loader(dataset: Dataset, batches: Sampler, *, num_workers: int, pin_mem
     )
 
 
+# Ctrl-C and Slurm signal the whole group: the main process decides, and needs its batches to finish the step. A worker
+# leaves when told to through its queue, or when it sees that its parent is gone.
+DEAF_TO = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Holds signals back while workers are started: until it is deaf to it, one would kill a worker."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C and Slurm signal the whole group: the main process decides, and needs its batches to finish the step. A
-    # worker leaves when told to through its queue, or when it sees that its parent is gone.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in DEAF_TO:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
