@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-# Before torch and the libraries of Hugging Face are imported: no test reaches the network, and tensors are too small for
-# more than one thread.
+# Before torch and the libraries of Hugging Face are imported: no test reaches the network, and tensors are too small
+# for more than one thread.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
