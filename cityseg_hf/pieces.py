@@ -6,6 +6,7 @@ neighbours in the same proportion. Such a *phase* is one ``lerp`` of the coarse 
 contiguous and without any index. Small maps and other factors go through bands of output rows.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -163,16 +164,29 @@ def phase_pieces(lines: Tensor, first: int, column: Phase, factors: Size) -> Ite
 def band_pieces(image: Tensor, size: Size) -> Iterator[BandPiece]:
     """The pieces of ``[C, h, w]`` for any size, larger or smaller."""
     classes, height, _ = image.shape
-    # [H, h]: how torch itself mixes the coarse rows, two of them for each output row.
-    eye = torch.eye(height, dtype=image.dtype)
-    mix = F.interpolate(eye[None, None], (size[0], height), mode="bilinear", align_corners=False)[0, 0]
     rows = max(1, TILE // (classes * size[1])) if image.is_cpu else size[0]
-    for start in range(0, size[0], rows):
+    for mix, first, where in _row_bands(height, size[0], rows, image.dtype, image.device):
+        yield BandPiece(image[:, first : first + mix.shape[1]], mix, first, size[1], where)
+
+
+@functools.lru_cache(maxsize=64)
+def _row_bands(
+    height: int, size: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, int, slice]]:
+    """How bands of output rows are mixed of ``height`` coarse ones: ``mix`` and ``first`` of ``BandPiece``, and which.
+
+    Kept: to send it anew for each image would make the host wait for the device.
+    """
+    # [H, h]: how torch itself mixes the coarse rows, two of them for each output row.
+    eye = torch.eye(height, dtype=dtype)
+    mix = F.interpolate(eye[None, None], (size, height), mode="bilinear", align_corners=False)[0, 0]
+    found = []
+    for start in range(0, size, rows):
         band = mix[start : start + rows]
         used = band.any(0).nonzero()
         first, last = int(used[0]), int(used[-1]) + 1
-        where = slice(start, start + len(band))
-        yield BandPiece(image[:, first:last], band[:, first:last].to(image), first, size[1], where)
+        found.append((band[:, first:last].to(device), first, slice(start, start + len(band))))
+    return found
 
 
 def lerp(top: Tensor, bottom: Tensor, share: float, into: Tensor | None = None) -> Tensor:

@@ -36,7 +36,8 @@ from cityseg_hf.pieces import (
 MIXED_CELLS = 0.4
 """Above this share of cells whose corners disagree, looking at each cell of an image costs more than it saves."""
 
-LossOfPiece = Callable[[Tensor, Tensor, float | Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+LossOfPiece = Callable[[Tensor, Tensor, float, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""See ``_loss_and_gradient``."""
 
 
 def cross_entropy_sum(
@@ -96,11 +97,11 @@ def argmax_and_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
         ``uint8[B, H, W]`` and a ``float32`` scalar.
     """
     out = torch.empty_like(labels, dtype=torch.uint8)
-    total = _exact(logits.new_zeros(()))
+    total, scores = _exact(logits.new_zeros(())), None
     for image, label, best in zip(logits.unbind(), labels, out, strict=True):
         image = _exact(image).contiguous()
         for piece in pieces(image, tuple(label.shape)):
-            scores, mine = piece.scores(), piece.of(label)
+            scores, mine = piece.scores(scores), piece.of(label)
             scores -= scores.amax(0)
             picked = scores.gather(0, _target(mine, len(scores))[None])[0]
             total += ((scores.exp().sum(0).log_() - picked) * _weight_of(mine, weights, image.dtype)).sum()
@@ -169,9 +170,11 @@ class _CrossEntropySum(torch.autograd.Function):
         gradient = torch.empty_like(logits)
         total = _exact(logits.new_zeros(()))
         for image, label, mine in zip(logits.unbind(), labels, gradient, strict=True):
-            whole = phase_factors(image, tuple(label.shape)) is not None
-            image = _exact(image).contiguous()
-            loss, slope = (_by_phases if whole else _by_bands)(image, label, weights, loss_of_piece)
+            factors, image = phase_factors(image, tuple(label.shape)), _exact(image).contiguous()
+            if factors is None:
+                loss, slope = _by_bands(image, label, weights, loss_of_piece)
+            else:
+                loss, slope = _by_phases(image, label, weights, loss_of_piece, factors)
             total += loss
             mine.copy_(slope)
         ctx.save_for_backward(gradient)
@@ -223,15 +226,14 @@ def _compiled_loss() -> LossOfPiece:
         return ((norm.log() - picked) * weight).sum(), gradient
 
     kernel = torch.compile(loss_and_gradient, dynamic=True)
-    # A share that is a tensor is no reason to compile anew.
-    return lambda top, bottom, share, target, weight: kernel(top, bottom, top.new_tensor(share), target, weight)
+    # A share that is a tensor is no reason to compile anew; filled where it is needed, it makes no host wait.
+    return lambda top, bottom, share, target, weight: kernel(top, bottom, top.new_full((), share), target, weight)
 
 
 def _by_phases(
-    image: Tensor, label: Tensor, weights: Tensor | None, loss_of_piece: LossOfPiece
+    image: Tensor, label: Tensor, weights: Tensor | None, loss_of_piece: LossOfPiece, factors: Size
 ) -> tuple[Tensor, Tensor]:
     """The loss of one image ``float32[C, h, w]`` and its gradient, for whole factors."""
-    factors = phase_factors(image, tuple(label.shape))
     total = image.new_zeros(())
     gradient = image.new_zeros(len(image), image.shape[1] + 2, image.shape[2] + 2)
     for first, count in bands(image):
