@@ -109,7 +109,7 @@ def describe_run(config: Config, accelerator: Accelerator, sources: Mapping[str,
     return {
         "settings": json.loads(json.dumps(settings)),
         "arguments": config.to_dict(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "git_commit": git_commit(),
         "data_fingerprint": fingerprint(sources),
         "images": {split: len(source) for split, source in sources.items()},
@@ -125,7 +125,8 @@ def fingerprint(sources: Mapping[str, Source]) -> str:
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version; ``None`` where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

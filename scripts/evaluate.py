@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from cityseg_hf import UserError, load_cityscapes
 from cityseg_hf.cli import Parser, exit_with
+from cityseg_hf.data.cityscapes import DEFAULT_ROOT
 from cityseg_hf.data.loading import SegmentationDataset
 from cityseg_hf.data.prepared import Prepared, open_prepared
 from cityseg_hf.data.sources import Source, file_sources
@@ -19,8 +20,6 @@ from cityseg_hf.evaluation import evaluate, evaluation_loader
 from cityseg_hf.inference import load_model_folder, processor_size
 from cityseg_hf.labels import CLASS_NAMES
 from cityseg_hf.runs import write_json
-
-DEFAULT_ROOT = "./cityscapes_data"
 
 
 def parser() -> Parser:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cityseg_hf import UserError
 from cityseg_hf.cli import Parser, exit_with
+from cityseg_hf.data.cityscapes import DEFAULT_ROOT
 from cityseg_hf.data.prepared_writer import prepare, readable, verify
 from cityseg_hf.errors import Stopped
 from cityseg_hf.launch import StopSignals
@@ -18,7 +19,7 @@ from cityseg_hf.launch import StopSignals
 def parser() -> Parser:
     flags = Parser(description="Decode a data set once, into memory-mapped shards for scripts/train.py --prepared.")
     flags.add_argument(
-        "-d", "--base_dataset_path", default="./cityscapes_data", help="root of leftImg8bit/ and gtFine/, or their zips"
+        "-d", "--base_dataset_path", default=DEFAULT_ROOT, help="root of leftImg8bit/ and gtFine/, or their zips"
     )
     flags.add_argument("--output", required=True, metavar="DIR", help="folder that gets the shards")
     flags.add_argument(

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from cityseg_hf import PRESETS, build_model, load_cityscapes, make_synthetic
 from cityseg_hf.cli import exit_with, parse_train_args
 from cityseg_hf.config import Config, DataConfig
+from cityseg_hf.data.cityscapes import DEFAULT_ROOT
 from cityseg_hf.data.prepared import open_prepared
 from cityseg_hf.data.sources import Source, file_sources, image_size_of
 from cityseg_hf.errors import UserError, one_line
@@ -24,7 +25,6 @@ from cityseg_hf.launch import make_accelerator
 from cityseg_hf.runs import RunFolder, describe_run
 from cityseg_hf.training import Trainer
 
-DEFAULT_ROOT = "./cityscapes_data"
 SYNTHETIC = {"train": 96, "val": 24, "test": 0, "size": (128, 256), "seed": 0}
 
 

@@ -3,13 +3,12 @@
 import os
 import platform
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cityseg_hf.runs import git_commit
+from cityseg_hf.runs import git_commit, package_version
 
 PACKAGES = (
     "cityseg_hf",
@@ -44,7 +43,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in PACKAGES},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
     }
@@ -60,10 +59,3 @@ def _cpu() -> tuple[str, set[str]]:
             fields.setdefault(name.strip(), value.strip())
     model = fields.get("model name") or platform.processor() or platform.machine()
     return model, set((fields.get("flags") or fields.get("Features") or "").split())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

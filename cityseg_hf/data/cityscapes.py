@@ -21,6 +21,8 @@ from cityseg_hf import labels
 from cityseg_hf.errors import UserError
 
 SPLITS = ("train", "val", "test")
+DEFAULT_ROOT = "./cityscapes_data"
+"""Where the scripts look for the download when nobody says where it lies."""
 IMAGE_SUFFIX = "_leftImg8bit.png"
 LABEL_SUFFIX = "_gtFine_labelIds.png"
 INSTANCE_SUFFIX = "_gtFine_instanceIds.png"
@@ -149,6 +151,21 @@ def _open_zip_in(archive: str, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)
 
 
+UNREADABLE = (OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""A missing file, a damaged file and a damaged archive show themselves in all of these ways."""
+
+NO_IMAGE = (*UNREADABLE, SyntaxError, ValueError, Image.DecompressionBombError)
+"""And a broken image in these as well."""
+
+
+def _in_zip(path: str) -> tuple[zipfile.ZipFile, str] | None:
+    """The opened archive and the member that a ``zip://INNER::ARCHIVE`` names; ``None`` for a plain file."""
+    if not path.startswith("zip://"):
+        return None
+    inner, archive = path.removeprefix("zip://").split("::", 1)
+    return _open_zip(archive), inner
+
+
 def read_bytes(path: str) -> bytes:
     """The content of a file, or of a ``zip://INNER::ARCHIVE`` member.
 
@@ -156,12 +173,9 @@ def read_bytes(path: str) -> bytes:
         UserError: it cannot be read.
     """
     try:
-        if path.startswith("zip://"):
-            inner, archive = path.removeprefix("zip://").split("::", 1)
-            return _open_zip(archive).read(inner)
-        return Path(path).read_bytes()
-    except (OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        # A damaged archive shows itself in all of these ways.
+        packed = _in_zip(path)
+        return Path(path).read_bytes() if packed is None else packed[0].read(packed[1])
+    except UNREADABLE as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
@@ -172,13 +186,13 @@ def stamp(path: str) -> str:
         UserError: it is not there.
     """
     try:
-        if path.startswith("zip://"):
-            inner, archive = path.removeprefix("zip://").split("::", 1)
-            member = _open_zip(archive).getinfo(inner)
-            return f"{member.file_size}:{member.CRC:08x}"
-        status = Path(path).stat()
-        return f"{status.st_size}:{status.st_mtime_ns}"
-    except (OSError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+        packed = _in_zip(path)
+        if packed is None:
+            status = Path(path).stat()
+            return f"{status.st_size}:{status.st_mtime_ns}"
+        member = packed[0].getinfo(packed[1])
+        return f"{member.file_size}:{member.CRC:08x}"
+    except UNREADABLE as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
@@ -189,17 +203,15 @@ def read_size(path: str) -> tuple[int, int]:
         UserError: it cannot be read.
     """
     try:
-        if path.startswith("zip://"):
-            inner, archive = path.removeprefix("zip://").split("::", 1)
-            file: io.BufferedIOBase = _open_zip(archive).open(inner)
-        else:
-            file = io.BufferedReader(io.FileIO(path))
-        with file, Image.open(file) as image:
+        packed = _in_zip(path)
+        with Path(path).open("rb") if packed is None else packed[0].open(packed[1]) as file, Image.open(file) as image:
             return image.height, image.width
-    except (OSError, EOFError, KeyError, SyntaxError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} is no readable image ({error}): download it again") from None
-    except (zipfile.BadZipFile, zlib.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no readable image ({error}): download it again") from None
+    except NO_IMAGE as error:
+        raise _broken(path, error) from None
+
+
+def _broken(path: str, error: Exception) -> UserError:
+    return UserError(f"{path} is no readable image ({error}): download it again")
 
 
 def _decode(path: str, modes: tuple[str, ...], what: str) -> Image.Image:
@@ -207,8 +219,8 @@ def _decode(path: str, modes: tuple[str, ...], what: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no readable image ({error}): download it again") from None
+    except NO_IMAGE as error:
+        raise _broken(path, error) from None
     if image.mode not in modes:
         raise UserError(f"{path} has mode {image.mode}, but {what} must have mode {' or '.join(modes)}")
     return image
@@ -261,10 +273,9 @@ def read_pair(image_path: str, label_path: str) -> tuple[np.ndarray, np.ndarray]
 def instance_path(label_path: str) -> str | None:
     """Where the ``instanceIds`` PNG of a label lies, or ``None`` where there is none."""
     path = label_path.replace(LABEL_SUFFIX, INSTANCE_SUFFIX)
-    if path.startswith("zip://"):
-        inner, archive = path.removeprefix("zip://").split("::", 1)
-        return path if inner in _open_zip(archive).NameToInfo else None
-    return path if Path(path).is_file() else None
+    packed = _in_zip(path)
+    there = Path(path).is_file() if packed is None else packed[1] in packed[0].NameToInfo
+    return path if there else None
 
 
 def read_instances(path: str, size: tuple[int, ...] | None = None) -> np.ndarray:
