@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -147,10 +146,5 @@ def exit_with(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130  # 128 + SIGINT, as shells have it
-    finally:
-        for worker in multiprocessing.active_children():
-            # The loader's workers are deaf to signals, so that they outlive one that is meant for the run; Python would
-            # wait for them for ever.
-            worker.kill()
     sys.stdout.flush()
     sys.exit(status)

@@ -1,10 +1,13 @@
 """Reading Cityscapes as it is downloaded, its faults, and the order and randomness of samples."""
 
 import io
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -433,6 +436,37 @@ def test_a_fault_in_a_worker_arrives_as_one_line(suffix: str, workers: int, stre
     with pytest.raises(UserError) as error:
         list(raise_errors(loader))
     assert_one_line(error, broken)
+
+
+def test_workers_end_with_the_program(streets: Path) -> None:
+    """They are deaf to Python's own way of ending them: whoever left a loader half read hung at exit."""
+    program = f"""
+from cityseg_hf import load_cityscapes
+from cityseg_hf.data.loading import EvalBatches, SegmentationDataset, make_loader, raise_errors
+from cityseg_hf.data.sources import FileSource
+from cityseg_hf.data.transforms import EvalTransform
+
+rows = load_cityscapes({str(streets)!r})["val"]
+dataset = SegmentationDataset(FileSource(rows), EvalTransform({SIZE}))
+held = raise_errors(make_loader(dataset, EvalBatches(len(rows), batch_size=1), num_workers=2))
+held = held, next(held), [held]
+held[2].append(held)  # a cycle, such as an error and its traceback make: nothing is freed before the end
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fault_ends_the_workers(streets: Path, tmp_path: Path) -> None:
+    """Also while the error is looked at, and its traceback holds on to what it can."""
+    root = tmp_path / "broken"
+    for kind in ("leftImg8bit", "gtFine"):
+        shutil.copytree(streets / kind / "val", root / kind / "val")
+    break_file(sorted(root.rglob("*_leftImg8bit.png"))[1])
+    dataset = SegmentationDataset(read_split(root, "val"), EvalTransform(SIZE))
+    before = set(multiprocessing.active_children())
+    with pytest.raises(UserError):
+        list(raise_errors(make_loader(dataset, EvalBatches(len(dataset), batch_size=1), num_workers=2)))
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_an_instance_map_of_another_size(streets: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Source -> samples -> batches; order and augmentation depend on nothing but (seed, epoch, index)."""
 
+import atexit
+import multiprocessing
 import signal
 import warnings
 from collections.abc import Iterator
@@ -104,10 +106,14 @@ def raise_errors(loader: DataLoader) -> Iterator[dict[str, Any]]:
     """The batches of a loader; a fault of the data that a worker met is raised here, as the one line it is."""
     with _signals_held():
         batches = iter(loader)
-    for batch in batches:
-        if "error" in batch:
-            raise LocalFault(batch["error"])
-        yield batch
+    try:
+        for batch in batches:
+            if "error" in batch:
+                raise LocalFault(batch["error"])
+            yield batch
+    finally:
+        # The error's traceback holds this frame, and a name in it would hold the workers.
+        del batches
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
@@ -215,6 +221,14 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends the workers of loaders that nobody has closed: Python would ask them to, and wait for the deaf for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _start_worker(worker: int) -> None:
