@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import errno
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from cityseg_hf.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from cityseg_hf.errors import EXIT_STOPPED, EXIT_USER_ERROR, LocalFault, Stopped, UserError, one_line
+from cityseg_hf.errors import EXIT_STOPPED, EXIT_USER_ERROR, LocalFault, ProcessLost, Stopped, UserError, one_line
 from cityseg_hf.recipes import RECIPES
 
 
@@ -140,11 +142,24 @@ def exit_with(main: Callable[[list[str]], int | None]) -> NoReturn:
         if isinstance(error, LocalFault) or int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         status = EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}: make room and run the same command again", file=sys.stderr)
+        status = EXIT_USER_ERROR
+    except ProcessLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        status = 1
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         status = EXIT_STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130  # 128 + SIGINT, as shells have it
+    finally:
+        for worker in multiprocessing.active_children():
+            # Those that are deaf to signals outlive one that is meant for the run; Python would wait for them for ever.
+            worker.kill()
     sys.stdout.flush()
     sys.exit(status)

@@ -6,6 +6,7 @@ All fields of all classes but ``RunConfig`` can change the result; together they
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,18 @@ def _flag(default: Any, help: str, *aliases: str, **argparse_options: Any) -> An
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def parse_duration(text: str) -> tuple[float, str]:
+    """``500``, ``2e`` or ``10m`` -> the number, and ``""`` for steps, ``"e"`` for epochs or ``"m"`` for minutes.
+
+    Raises:
+        UserError: it is none of these, or not above 0; steps are whole.
+    """
+    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([em])", text)
+    number = float(found[1] or found[2]) if found else 0.0
+    _require(number > 0, f"--save_every takes steps, epochs or minutes, such as 500, 2e or 10m; got {text!r}")
+    return number, found[3] or ""
 
 
 def _check_size(name: str, size: list[int] | None) -> None:
@@ -59,6 +72,9 @@ class DataConfig:
         nargs="?",
         const="original",
     )
+    scale_range: list[float] | None = _flag(
+        None, "lowest and highest scale of 'standard' (default: 0.5 2)", metavar=("LOW", "HIGH"), nargs=2
+    )
     holdout_cities: list[str] | None = _flag(
         None, "train cities moved into a selection split of their own, so that val can serve as an honest test"
     )
@@ -75,6 +91,11 @@ class DataConfig:
         _require(
             self.augmentation in known,
             f"unknown --augmentation {self.augmentation!r}; choose from {', '.join(known)}",
+        )
+        scales = self.scale_range or [0.5, 2.0]
+        _require(
+            len(scales) == 2 and 0 < scales[0] <= scales[1] <= 10,
+            f"--scale_range takes a lowest and a highest scale, such as --scale_range 0.5 2; got {self.scale_range}",
         )
 
 
@@ -169,6 +190,10 @@ class TrainConfig:
         False, "compile the network block by block, and the loss (torch.compile): slow to start, then faster"
     )
     auxiliary_loss_weight: float = _flag(0.4, "weight of the auxiliary head's loss, for networks that have one")
+    ema_decay: float | None = _flag(
+        None,
+        "judge and save a moving average of the weights that keeps this share of itself at each step, such as 0.999",
+    )
     class_weights: Literal["none", "enet", "enet_sqrt"] = _flag(
         "none",
         "weights of the classes in the loss, from their share of the training labels: 1 / ln(1.02 + share), or its "
@@ -179,6 +204,9 @@ class TrainConfig:
         20, "stop after so many validations without a lower loss; 0 never stops early", "-p"
     )
     seed: int = _flag(0, "seed of everything random")
+    deterministic: bool = _flag(
+        False, "use only algorithms that give the same bits every time (slower on GPUs; CPUs do so anyway)"
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "val_freq"):
@@ -188,8 +216,16 @@ class TrainConfig:
             f"--global_batch_size must be at least 1, got {self.global_batch_size}",
         )
         _require(self.max_steps is None or self.max_steps >= 1, f"--max_steps must be at least 1, got {self.max_steps}")
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"--ema_decay must lie between 0 and 1, for example 0.999; got {self.ema_decay}",
+        )
         _require(self.early_stopping_patience >= 0, "--early_stopping_patience must not be negative (0: never stop)")
         _require(0 <= self.seed < 2**32, f"--seed must lie in 0..{2**32 - 1}, got {self.seed}")
+
+    def split(self, batch_size: int, accumulation: int) -> "TrainConfig":
+        """These settings with another cut of the same global batch."""
+        return dataclasses.replace(self, batch_size=batch_size, gradient_accumulation_steps=accumulation)
 
     def for_processes(self, num_processes: int) -> "TrainConfig":
         """These settings with the batch size per process that makes the global one.
@@ -221,7 +257,16 @@ class RunConfig:
     )
     num_workers: int = _flag(2, "processes that load data, per training process")
     logging_steps: int = _flag(10, "write the training loss every so many steps")
-    keep_checkpoints: int = _flag(2, "how many checkpoints stay on disk")
+    save_every: str | None = _flag(
+        None, "save a checkpoint every so many steps (500), epochs (2e) or minutes (10m); default: with each validation"
+    )
+    keep_checkpoints: int = _flag(2, "how many checkpoints stay on disk", "--keep")
+    max_skipped_steps: int = _flag(
+        10, "stop after so many steps in a row whose loss or gradient is not finite (they are skipped)"
+    )
+    find_batch_size: bool = _flag(
+        False, "lower --batch_size until it fits the memory, and accumulate to keep the global batch"
+    )
     report_to: Literal["none", "wandb", "tensorboard", "trackio"] = _flag("none", "experiment tracker")
     project_name: str = _flag("Image-Segmentation", "project of the tracker")
     push_to_hub: str | None = _flag(None, "Hub repository that gets the best model at the end", metavar="REPO")
@@ -230,6 +275,9 @@ class RunConfig:
         _require(self.num_workers >= 0, f"--num_workers must not be negative, got {self.num_workers}")
         _require(self.logging_steps >= 1, f"--logging_steps must be at least 1, got {self.logging_steps}")
         _require(self.keep_checkpoints >= 1, f"--keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+        _require(self.max_skipped_steps >= 1, f"--max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
+        if self.save_every is not None:
+            parse_duration(self.save_every)
         if self.run_name is not None and (Path(self.run_name).name != self.run_name or self.run_name in ("", "..")):
             raise UserError(f"--run_name must be a plain folder name, got {self.run_name!r}")
 
@@ -255,6 +303,13 @@ class Config:
         parts = (self.data, self.model, self.optim, self.train)
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
+    def identity(self, num_processes: int) -> dict[str, Any]:
+        """What makes two runs the same: the settings, but of the batch only how large it is over all processes."""
+        settings = self.settings()
+        shares = [settings.pop(name) for name in ("batch_size", "gradient_accumulation_steps", "global_batch_size")]
+        settings["global_batch_size"] = shares[2] or shares[0] * shares[1] * num_processes
+        return settings
+
     def to_dict(self) -> dict[str, Any]:
         """Every setting, flat, by the name of its flag."""
         return {**self.settings(), **dataclasses.asdict(self.run)}
@@ -262,19 +317,18 @@ class Config:
     def run_name(self, num_processes: int = 1) -> str:
         """The name of the run folder: ``--run_name``, or one that no run with another setting shares.
 
-        The settings people vary are spelled out; a hash of all of them, and of the number of processes (which scales
-        the global batch), keeps the others apart.
+        The settings people vary are spelled out; a hash of all of them keeps the others apart. Of the batch the global
+        one counts, so that a run can go on with another number of processes.
         """
         if self.run.run_name:
             return self.run.run_name
-        settings = {**self.settings(), "num_processes": num_processes}
+        settings = self.identity(num_processes)
         # The same data may be mounted elsewhere next time: where it lies does not change the result.
         settings["base_dataset_path"] = Path(settings["base_dataset_path"] or "synthetic").name
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
         train, optim = self.train, self.optim
         length = f"s{train.max_steps}" if train.max_steps else f"e{train.num_epochs}"
-        batch = train.batch_size * train.gradient_accumulation_steps * num_processes
-        parts = [Path(self.model.model_type).name, self.data.augmentation, length, f"b{batch}"]
+        parts = [Path(self.model.model_type).name, self.data.augmentation, length, f"b{settings['global_batch_size']}"]
         parts += [f"lr{optim.learning_rate:g}", f"wd{optim.weight_decay:g}"]
         parts += [f"g{optim.gamma:g}" if optim.gamma else optim.schedule, f"seed{train.seed}", digest]
         return "_".join(parts)

@@ -20,5 +20,9 @@ def one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
+class ProcessLost(Exception):
+    """Another process of the run is gone, and this one cannot go on without it. Scripts print it and exit 1."""
+
+
 class Stopped(Exception):
     """The run was asked to stop by a signal and has saved its state. Scripts print it and exit 75."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, compile_regions_fsdp2
+from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, broadcast, compile_regions_fsdp2
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,6 +20,8 @@ from cityseg_hf.models import PRESETS
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# From Linux's prctl.h.
+_PR_SET_PDEATHSIG = 1
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -40,6 +42,11 @@ def make_accelerator(config: Config) -> Accelerator:
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"accelerate cannot start: {one_line(error)}") from None
     check_world(accelerator)
+    die_with_launcher()
+    if config.train.deterministic:
+        # Read by cuBLAS when it is first used (its manual, "Results reproducibility").
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if config.train.compile:
         _check_compiler(accelerator.device)
     if accelerator.device.type == "cpu":
@@ -152,11 +159,38 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
-    def agreed(self, accelerator: Accelerator, step: int) -> bool:
-        """Whether any process was asked to stop; all processes get the same answer. A collective call."""
-        if accelerator.num_processes == 1:
-            return self.received is not None
-        if accelerator.device.type != "cpu" and step % 10:
-            return False  # asking makes the host wait for the device: not at every step
-        wish = torch.tensor([float(self.received is not None)], device=accelerator.device)
-        return bool(accelerator.reduce(wish, "sum").item() > 0)
+
+def agreed(accelerator: Accelerator, *wishes: bool) -> list[bool]:
+    """Of each wish whether any process has it; all processes get the same answer. A collective call."""
+    if accelerator.num_processes == 1:
+        return list(wishes)
+    sums = accelerator.reduce(torch.tensor(wishes, dtype=torch.float32, device=accelerator.device), "sum")
+    return [count > 0 for count in sums.tolist()]
+
+
+def share_buffers(accelerator: Accelerator, *networks: nn.Module) -> None:
+    """Gives every process the main one's statistics of batch normalisation, so that all judge the same network."""
+    if accelerator.num_processes > 1:
+        for network in dict.fromkeys(networks):
+            for buffer in network.buffers():
+                broadcast(buffer)
+
+
+def die_with_launcher() -> None:
+    """Asks Linux for a SIGTERM when the launcher dies: it may pass on no signal, or be killed, and leave us alone.
+
+    ``accelerate launch`` of one process forwards nothing, and torchrun no SIGUSR1. Without a launcher nothing is done:
+    a shell may go and leave its jobs behind.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error says that a collective call found another process gone."""
+    words = str(error)
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "remote process exited")
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(one in words for one in gone)
+    )

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from cityseg_hf.config import OptimConfig, TrainConfig
+from cityseg_hf.config import OptimConfig, TrainConfig, parse_duration
 from cityseg_hf.models.presets import HEADS
 
 
@@ -44,6 +45,32 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.learning_rate, amsgrad=config.amsgrad, fused=True)
 
 
+def average_weights(network: nn.Module, decay: float) -> AveragedModel:
+    """A copy of a network that follows it: after each step ``average = d average + (1 - d) weights``, buffers too.
+
+    The average of step n keeps ``d = min(decay, (1 + n) / (10 + n))`` of itself, so that a short training is not one of
+    its first, random weights.
+
+    Args:
+        network: as it starts.
+        decay: between 0 and 1.
+
+    Returns:
+        Call ``update_parameters(network)`` after each step; ``module`` is the averaged network.
+    """
+
+    def follow(averages: list[Tensor], weights: list[Tensor], _: Tensor | int) -> None:
+        steps = int(averaged.n_averaged)  # on the host: the argument is a copy on the device, and would be waited for
+        share = 1 - min(decay, (1 + steps) / (10 + steps))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, weights, share)
+        else:  # counters
+            torch._foreach_copy_(averages, weights)
+
+    averaged = AveragedModel(network, multi_avg_fn=follow, use_buffers=True)
+    return averaged.eval().requires_grad_(False)
+
+
 def rate_factor(config: OptimConfig, plan: "Plan") -> Callable[[int], float]:
     """The schedule: optimiser step (0 is the first) -> factor on the peak learning rate.
 
@@ -77,13 +104,26 @@ class Plan(NamedTuple):
     steps_per_epoch: int
     total_steps: int
     validate_every: int
+    save_every: int | None = None
+    """``None``: whenever it validates."""
+    save_seconds: float | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, steps_per_epoch: int) -> "Plan":
-        """Converts ``--num_epochs`` (or ``--max_steps``) and ``--val_freq``."""
+    def of(cls, config: TrainConfig, steps_per_epoch: int, save_every: str | None = None) -> "Plan":
+        """Converts ``--num_epochs`` (or ``--max_steps``), ``--val_freq`` and ``--save_every``."""
         total = config.max_steps or config.num_epochs * steps_per_epoch
-        return cls(steps_per_epoch, total, config.val_freq * steps_per_epoch)
+        validate_every = config.val_freq * steps_per_epoch
+        count, unit = parse_duration(save_every) if save_every else (0.0, "")
+        if unit == "m":
+            # Steps in reach of none, so that the clock alone decides.
+            return cls(steps_per_epoch, total, validate_every, total, count * 60)
+        steps = round(count * steps_per_epoch) if unit == "e" else int(count)
+        return cls(steps_per_epoch, total, validate_every, max(1, steps) if save_every else None)
 
     def validates_at(self, step: int) -> bool:
         """Every ``val_freq`` epochs, and at the end."""
         return step % self.validate_every == 0 or step == self.total_steps
+
+    def saves_at(self, step: int) -> bool:
+        """Every ``save_every`` steps, or with each validation; and at the end."""
+        return step % (self.save_every or self.validate_every) == 0 or step == self.total_steps

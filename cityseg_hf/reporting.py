@@ -25,7 +25,8 @@ class TrainScores:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.counts = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=accelerator.device)
-        self.loss = torch.zeros((), device=accelerator.device)
+        # Sums of float32 are exact in float64, in whatever order processes and resumed runs add them.
+        self.loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -45,16 +46,44 @@ class TrainScores:
     def _sums(self) -> tuple[Tensor, Tensor]:
         return self.accelerator.reduce(self.counts, "sum"), self.accelerator.reduce(self.loss, "sum")
 
-    def gather(self) -> dict[str, Any]:
-        """The sums over all processes, to be saved. A collective call."""
+    def collect(self) -> None:
+        """Brings the sums of all processes to the main one, before it saves them. A collective call."""
         counts, loss = self._sums()
-        return {"counts": counts.tolist(), "loss": loss.item()}
+        self.counts.copy_(counts * self.accelerator.is_main_process)
+        self.loss.copy_(loss * self.accelerator.is_main_process)
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """This process's sums."""
+        return {"counts": self.counts, "loss": self.loss}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes saved sums; the main process holds them, as they will be summed over processes again."""
-        if saved and self.accelerator.is_main_process:
-            self.counts.copy_(torch.tensor(saved["counts"]))
-            self.loss.fill_(saved["loss"])
+        if self.accelerator.is_main_process:
+            self.counts.copy_(saved["counts"])
+            self.loss.copy_(saved["loss"])
+
+
+class Skipped:
+    """How many steps were skipped, in a row and in all, counted on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def note(self, bad: Tensor) -> None:
+        """Takes in a step: ``bool`` scalar."""
+        self.counts[0] = (self.counts[0] + 1) * bad
+        self.counts[1] += bad
+
+    def read(self) -> tuple[int, int]:
+        """In a row and in all; the host waits for the device."""
+        in_a_row, in_all = self.counts.tolist()
+        return in_a_row, in_all
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts.copy_(torch.tensor(state["counts"]))
 
 
 class Reporter:
@@ -81,7 +110,7 @@ class Reporter:
     ) -> None:
         self.accelerator, self.run, self.tracking, self.plan = accelerator, run, tracking, plan
         self.global_batch, self.logging_steps = global_batch, logging_steps
-        self.train_scores = TrainScores(accelerator)
+        self.train_scores, self.skipped_steps = TrainScores(accelerator), 0
 
     def bar(self, step: int) -> tqdm:
         """A progress bar over optimiser steps with ETA, images/s, loss and learning rate."""
@@ -94,12 +123,16 @@ class Reporter:
         self.run.log(step, step / self.plan.steps_per_epoch, split, scores)
         self.tracking.log(split, scores, step)
 
-    def after_step(self, step: int, loss: Tensor, rate: float, bar: tqdm) -> None:
+    def after_step(self, step: int, loss: Tensor, rate: float, skipped: Skipped, bar: tqdm) -> None:
         """Takes in a step: ``loss`` is this process's share of the global batch's mean. The host waits only to log."""
-        self.train_scores.loss += loss
+        self.train_scores.loss += loss.nan_to_num(0.0, 0.0, 0.0)
         if step % self.logging_steps == 0 or step == self.plan.total_steps:
             value = self.accelerator.reduce(loss, "sum").item()
-            self.log(step, "train", {"loss": value, "learning_rate": rate})
+            in_all = skipped.read()[1]
+            self.log(step, "train", {"loss": value, "learning_rate": rate, "skipped_steps": in_all})
+            if in_all > self.skipped_steps:
+                self.say(f"step {step}: {in_all} steps were skipped so far, their loss or gradient was not finite")
+            self.skipped_steps = in_all
             speed = (bar.format_dict["rate"] or 0.0) * self.global_batch
             bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.2e}", images_per_s=f"{speed:.1f}", refresh=False)
         bar.update()

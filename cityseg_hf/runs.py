@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from cityseg_hf.config import Config
 from cityseg_hf.data.sources import Source
-from cityseg_hf.errors import UserError
+from cityseg_hf.errors import UserError, one_line
 
 PACKAGES = ("cityseg_hf", "torch", "torchvision", "accelerate", "transformers", "datasets", "numpy")
 
@@ -37,8 +37,11 @@ class RunFolder:
         """
         file = self.path / "run.json"
         if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            for name in ("settings", "data_fingerprint", "num_processes"):
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{file} is damaged ({one_line(error)}): choose another --run_name") from None
+            for name in ("settings", "data_fingerprint"):
                 _require_same(before.get(name), description.get(name), name, self.path)
             return
         if not self.is_main:
@@ -69,6 +72,13 @@ class RunFolder:
             kept = [line for line in lines if (entry := json.loads(line))["step"] <= step and "model" not in entry]
             replace_file(file, "".join(kept))
 
+    def sync(self) -> None:
+        """Brings ``metrics.jsonl`` to the disk, before a checkpoint says that all up to its step is done."""
+        file = self.path / "metrics.jsonl"
+        if self.is_main and file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
     def write_results(self, results: dict[str, Any]) -> None:
         """Writes ``results.json``, which also says that the run is finished."""
         if self.is_main:
@@ -80,7 +90,8 @@ def _require_same(before: Any, now: Any, name: str, folder: Path) -> None:
         for key in sorted({*before, *now}):
             _require_same(before.get(key), now.get(key), f"--{key}", folder)
     elif before != now:
-        raise UserError(f"{folder} holds a run with {name} {before}, this command has {now}: choose another --run_name")
+        mend = f"use {name} {before}, or another --run_name" if name.startswith("--") else "choose another --run_name"
+        raise UserError(f"{folder} holds a run with {name} {before}, this command has {now}: {mend}")
 
 
 def _finite(content: Any) -> Any:
@@ -104,7 +115,7 @@ def replace_file(path: Path, text: str) -> None:
 
 def describe_run(config: Config, accelerator: Accelerator, sources: Mapping[str, Source]) -> dict[str, Any]:
     """The content of ``run.json``: all that is needed to know what a run was. No secrets: no environment."""
-    settings = config.settings()
+    settings = config.identity(accelerator.num_processes)
     settings.pop("base_dataset_path")  # where the data lies may change; what it is may not: the fingerprint says
     return {
         "settings": json.loads(json.dumps(settings)),

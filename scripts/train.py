@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cityseg_hf import PRESETS, build_model, load_cityscapes, make_synthetic
@@ -22,6 +23,7 @@ from cityseg_hf.data.sources import Source, file_sources, image_size_of
 from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.hub import push_model_folder
 from cityseg_hf.launch import make_accelerator
+from cityseg_hf.memory import find_batch_size
 from cityseg_hf.runs import RunFolder, describe_run
 from cityseg_hf.training import Trainer
 
@@ -87,6 +89,18 @@ def model_settings(pairs: list[str] | None) -> dict:
     return settings
 
 
+def with_fitting_batch(
+    config: Config, accelerator: Accelerator, model: PreTrainedModel, image_size: tuple[int, int]
+) -> Config:
+    """The configuration with a batch size that fits the memory."""
+    train = find_batch_size(config, accelerator, model, image_size)
+    if train != config.train:
+        accelerator.print(
+            f"--batch_size {train.batch_size} fits: {train.gradient_accumulation_steps} batches are accumulated a step"
+        )
+    return dataclasses.replace(config, train=train)
+
+
 def share(config: Config, accelerator: Accelerator, folder: Path) -> int:
     """Pushes the best model where that was asked for, once no process waits for another."""
     accelerator.end_training()
@@ -113,6 +127,8 @@ def main(argv: list[str]) -> int:
     set_seed(config.train.seed)
     settings = model_settings(config.model.model_args)
     model = build_model(config.model.model_type, init_from=config.model.init_from, **settings)
+    if config.run.find_batch_size:
+        config = with_fitting_batch(config, accelerator, model, tuple(data.image_size))
     folder = Path(config.run.save_model_path) / config.run_name(accelerator.num_processes)
     run = RunFolder(folder, accelerator.is_main_process)
     run.open(describe_run(config, accelerator, sources))

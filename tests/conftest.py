@@ -1,6 +1,7 @@
 """What the tests share: a small tree of synthetic streets, and scripts called as functions."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1",
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 
 from cityseg_hf import make_synthetic
 
@@ -59,3 +61,23 @@ def run_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 TINY_UNET = ("--model", "unet_small", "--model_args", "norm=group", "hidden_sizes=[8,16]", "--num_workers", "0")
 """Flags of a network that trains in a blink, the same on any number of processes."""
+
+TINY_SEGFORMER = ("--model", "segformer_b0", "--num_workers", 0, "--model_args")
+TINY_SEGFORMER += ("hidden_sizes=[16,16,16,16]", "depths=[1,1,1,1]", "num_attention_heads=[1,1,1,1]")
+TINY_SEGFORMER += ("decoder_hidden_size=16",)
+
+
+def read_lines(run: Path) -> list[dict]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two runs left the same lines, results and weights, to the last bit."""
+    assert read_lines(one) == read_lines(other)
+    assert (one / "results.json").read_text() == (other / "results.json").read_text()
+    for name in ("best_miou", "best_loss", "last"):
+        ours, theirs = (load_file(run / name / "model.safetensors") for run in (one, other))
+        assert ours.keys() == theirs.keys()
+        for weight in ours:
+            assert torch.equal(ours[weight], theirs[weight]), f"{name} {weight}"

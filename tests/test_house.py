@@ -18,8 +18,9 @@ ORDER = (
     ("data",),
     ("losses", "runs", "launch"),
     ("inference", "checkpoint"),
-    ("evaluation", "hub", "tracking"),
+    ("evaluation", "hub", "tracking", "memory"),
     ("reporting",),
+    ("step",),
     ("training", "benchmark"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

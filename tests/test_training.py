@@ -1,16 +1,14 @@
 """The loop, end to end on tiny streets: what it writes, what it reloads, what it resumes."""
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET, load_script
+from conftest import TINY_SEGFORMER, TINY_UNET, load_script, read_lines
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
@@ -18,24 +16,12 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from cityseg_hf import UserError, launch, load_cityscapes
 from cityseg_hf.checkpoint import Progress
 from cityseg_hf.data.sources import FileSource
-from cityseg_hf.errors import Stopped
 from cityseg_hf.labels import CLASS_NAMES, ID_TO_TRAIN_ID
 from cityseg_hf.runs import RunFolder
-from cityseg_hf.training import Trainer
+from cityseg_hf.step import TrainStep
 
 RunTrain = Callable[..., Path]
 SHORT = (*TINY_UNET, "-e", 3, "-b", 4, "--logging_steps", 1)
-
-
-def read_lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
 
 
 def test_run_folder_holds_what_the_contract_says(run_train: RunTrain, streets: Path) -> None:
@@ -69,28 +55,6 @@ def test_no_secret_is_written(run_train: RunTrain, streets: Path, monkeypatch: p
     for path in run.rglob("*"):
         if path.is_file():
             assert b"s3cr3t" not in path.read_bytes(), path
-
-
-@pytest.mark.parametrize("extra", [(), ("-a",), ("-a", "standard", "--num_workers", "1")])
-def test_a_cut_run_ends_as_an_uncut_one(
-    extra: tuple[str, ...], run_train: RunTrain, streets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Defect 15, and the contract: the same command goes on, bit for bit, from the middle of an epoch."""
-    uncut = run_train("-d", streets, *SHORT, *extra, name="uncut")
-    step = Trainer._step
-
-    def killed_at_five(self: Trainer, stream):
-        if self.progress.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, stream)
-
-    with monkeypatch.context() as patched, pytest.raises(Stopped, match="SIGTERM at step 5"):
-        patched.setattr(Trainer, "_step", killed_at_five)
-        run_train("-d", streets, *SHORT, *extra, name="cut")
-    cut = run_train("-d", streets, *SHORT, *extra, name="cut")
-    assert read_lines(cut) == read_lines(uncut)
-    for name in ("best_miou", "best_loss", "last"):
-        assert_same_weights(cut / name, uncut / name)
 
 
 def test_a_finished_run_says_so(run_train: RunTrain, streets: Path, capsys: pytest.CaptureFixture) -> None:
@@ -190,14 +154,13 @@ def test_the_step_does_not_wait_for_the_host(
             assert function is not torch.ops.aten._local_scalar_dense.default, "the step reads a value on the host"
             return function(*args, **(kwargs or {}))
 
-    step = Trainer._step
+    step = TrainStep.__call__
 
-    def watched(self: Trainer, stream):
-        batch = next(stream)  # loading may look at values as it likes
+    def watched(self: TrainStep, *args):
         with NoSync():
-            return step(self, iter([batch]))
+            return step(self, *args)
 
-    monkeypatch.setattr(Trainer, "_step", watched)
+    monkeypatch.setattr(TrainStep, "__call__", watched)
     # The optimiser's own step counter lives on the host: SGD has none.
     run_train("-d", streets, *TINY_UNET, "--max_steps", 2, "-b", 4, "--optimizer", "sgd")
 
@@ -287,11 +250,6 @@ def test_a_push_can_be_asked_for_later(run_train: RunTrain, streets: Path, monke
 
 def losses_of(run: Path) -> list[float]:
     return [line["loss"] for line in read_lines(run) if line["split"] == "train"]
-
-
-TINY_SEGFORMER = ("--model", "segformer_b0", "--num_workers", 0, "--model_args")
-TINY_SEGFORMER += ("hidden_sizes=[16,16,16,16]", "depths=[1,1,1,1]", "num_attention_heads=[1,1,1,1]")
-TINY_SEGFORMER += ("decoder_hidden_size=16",)
 
 
 @pytest.mark.slow
