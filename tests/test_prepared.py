@@ -133,17 +133,17 @@ def test_zips_are_prepared_like_the_tree(streets: Path, small: Path, tmp_path: P
 @pytest.mark.parametrize("size", [None, (40, 56)])
 def test_images_of_any_size(size: tuple[int, int] | None, tmp_path: Path) -> None:
     """Odd sizes, several in a split, and images without instance maps."""
-    for split in ("train", "val"):
+    for split, city in (("train", "ulm"), ("val", "bonn")):
         for index, own in enumerate([(31, 47), (64, 33), (40, 56), (1, 1), (57, 90)]):
-            write_pair(tmp_path / "data", split, f"ulm_{index}_0", *noise(own, index))
+            write_pair(tmp_path / "data", split, f"{city}_{index}_0", *noise(own, index))
     prepare(str(tmp_path / "data"), tmp_path / "out", size=size)
     assert_same_splits(tmp_path / "out", tmp_path / "data", (40, 56))
 
 
 @pytest.mark.parametrize("void", [True, False])
 def test_a_test_split_without_labels_is_kept_by_name(void: bool, tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        write_pair(tmp_path / "data", split, "ulm_0_0", *noise(SIZE))
+    for split, city in (("train", "ulm"), ("val", "bonn")):
+        write_pair(tmp_path / "data", split, f"{city}_0_0", *noise(SIZE))
     for index in range(3):
         label = np.zeros(SIZE, np.uint8) if void else None
         write_pair(tmp_path / "data", "test", f"berlin_{index}_0", noise(SIZE)[0], label)
@@ -156,8 +156,8 @@ def test_a_test_split_without_labels_is_kept_by_name(void: bool, tmp_path: Path)
 
 def test_training_labels_of_void_are_kept(tmp_path: Path) -> None:
     """Unlike a test split's: nobody says that all of them are."""
-    for split in ("train", "val"):
-        write_pair(tmp_path / "data", split, "ulm_0_0", noise(SIZE)[0], np.zeros(SIZE, np.uint8))
+    for split, city in (("train", "ulm"), ("val", "bonn")):
+        write_pair(tmp_path / "data", split, f"{city}_0_0", noise(SIZE)[0], np.zeros(SIZE, np.uint8))
     prepare(str(tmp_path / "data"), tmp_path / "out")
     assert (open_prepared(tmp_path / "out").sources["train"].read(0)[1] == IGNORE).all()
 

@@ -3,22 +3,21 @@
 The unpacked download and its unopened zips are read alike. Every fault of the data is one error that names the file.
 """
 
-import functools
 import io
-import os
 import re
+import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cityseg_hf import labels
-from cityseg_hf.errors import UserError
+from cityseg_hf.data.files import UNREADABLE, ZIP_URL, in_zip, open_zip, read_bytes
+from cityseg_hf.errors import UserError, one_line
 
 SPLITS = ("train", "val", "test")
 DEFAULT_ROOT = "./cityscapes_data"
@@ -28,7 +27,6 @@ LABEL_SUFFIX = "_gtFine_labelIds.png"
 INSTANCE_SUFFIX = "_gtFine_instanceIds.png"
 # CITY may hold hyphens and digits, and in other people's data underscores; SEQ and FRAME are digits.
 NAME = re.compile(r"(?P<city>.+?)_(?P<seq>\d+)_(?P<frame>\d+)")
-ZIP_URL = "zip://{inner}::{archive}"
 
 FEATURES = datasets.Features(
     {
@@ -40,6 +38,14 @@ FEATURES = datasets.Features(
 )
 
 
+class Key(NamedTuple):
+    """What an image and its label have in common."""
+
+    split: str
+    city: str
+    name: str
+
+
 class Row(NamedTuple):
     """One image: where it lies, where its label lies (``None`` where there is none), and what it is called."""
 
@@ -47,6 +53,25 @@ class Row(NamedTuple):
     label: str | None
     city: str
     name: str
+
+
+class Fault(NamedTuple):
+    """A fault of the data: the file that has it, its split (``None`` for an archive), and the line that says it."""
+
+    file: str
+    split: str | None
+    line: str
+
+
+class Tree(NamedTuple):
+    """What lies under a root, whole or not."""
+
+    rows: dict[str, list[Row]]
+    """Every image, by split, with its label where there is one."""
+    lone_labels: list[tuple[str, str]]
+    """``(split, path)`` of the labels that belong to none of these rows."""
+    faults: list[Fault]
+    """What is wrong with names and pairs; no image has been read for it."""
 
 
 def load_cityscapes(root: str | Path, *, holdout_cities: list[str] | None = None) -> datasets.DatasetDict:
@@ -63,7 +88,7 @@ def load_cityscapes(root: str | Path, *, holdout_cities: list[str] | None = None
         ``None`` throughout where a test split has no labels.
 
     Raises:
-        UserError: no such tree, a badly named file, an image without its label, a city that is not there.
+        UserError: no such tree, the first of the faults that ``find_tree`` lists, a city that is not there.
     """
     rows = find_rows(root)
     if holdout_cities:
@@ -89,111 +114,120 @@ def load_cityscapes(root: str | Path, *, holdout_cities: list[str] | None = None
 
 
 def find_rows(root: str | Path) -> dict[str, list[Row]]:
-    """Pairs images with labels, by split, sorted by city and name. See ``load_cityscapes``."""
-    root = Path(root)
+    """Images with their labels, by split, sorted by city and name. See ``load_cityscapes``."""
+    rows, _, faults = find_tree(root)
+    if faults:
+        rest = f" ({len(faults)} faults: scripts/check_data.py -d {root} lists them)" if len(faults) > 1 else ""
+        raise UserError(faults[0].line + rest)
+    return rows
+
+
+def find_tree(root: str | Path) -> Tree:
+    """Pairs images with labels by their names, and finds every fault that names alone show.
+
+    These are: an unreadable archive, a badly named image, a name that is there twice or in two splits, an image
+    without its label (unless the test split has none at all) and a label without its image (unless its split has no
+    images at all: not everybody unpacks all of them).
+
+    Raises:
+        UserError: there is no such folder, or nothing in it.
+    """
+    root, faults = Path(root), []
     if not root.is_dir():
         raise UserError(f"no folder {root}: -d takes the folder that holds leftImg8bit/ and gtFine/")
-    images = dict(_list_files(root, "leftImg8bit", IMAGE_SUFFIX))
-    if not images:
+    images = _list_files(root, "leftImg8bit", IMAGE_SUFFIX, faults)
+    if not images and not faults:
         raise UserError(
             f"no images in {root}: expected leftImg8bit/{{train,val,test}}/CITY/*{IMAGE_SUFFIX}, "
             "or leftImg8bit_*.zip of the download"
         )
-    label_files = dict(_list_files(root, "gtFine", LABEL_SUFFIX))
+    found_labels = _list_files(root, "gtFine", LABEL_SUFFIX, faults)
+    # Where an archive cannot be read, nobody knows what it holds: nothing is missing then.
+    complete = all(fault.split is not None for fault in faults)
+    label_files: dict[Key, str] = {}
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for (split, city, name), image in sorted(images.items()):
+    spare = []
+    for key, label in found_labels:
+        if label_files.setdefault(key, label) != label:
+            faults.append(_twin(label, key.split, label_files[key], key.split))
+            spare.append((key, label))
+    for (split, city, name), image in images:
         if NAME.fullmatch(name) is None:
-            raise UserError(f"{image}: the name must be CITY_SEQ_FRAME{IMAGE_SUFFIX}, with digits for SEQ and FRAME")
+            line = f"{image}: the name must be CITY_SEQ_FRAME{IMAGE_SUFFIX}, with digits for SEQ and FRAME"
+            faults.append(Fault(image, split, line))
         rows[split].append(Row(image, label_files.get((split, city, name)), city, name))
-    _check_labels(rows, root)
-    return rows
+    keys = {key for key, _ in images}
+    lone = [(key, label) for key, label in label_files.items() if key not in keys]
+    faults += _twin_images(rows)
+    if complete:
+        faults += _missing_labels(rows, root)
+        faults += [_missing_image(key, label, root) for key, label in lone if rows[key.split]]
+    return Tree(rows, [(key.split, label) for key, label in [*lone, *spare]], faults)
 
 
-def _check_labels(rows: dict[str, list[Row]], root: Path) -> None:
+def _twin_images(rows: dict[str, list[Row]]) -> Iterator[Fault]:
+    """Images that have the name of an earlier one, in whatever city folder, archive or split."""
+    first: dict[str, tuple[str, str]] = {}
+    for split, found in rows.items():
+        for row in found:
+            if (twin := first.setdefault(row.name, (row.image, split))) != (row.image, split):
+                yield _twin(row.image, split, *twin)
+
+
+def _twin(path: str, split: str, first: str, first_split: str) -> Fault:
+    if split == first_split:
+        return Fault(path, split, f"{path} has the same name as {first}: remove one of them")
+    line = f"{path} has the same name as {first} of {first_split}: an image belongs to one split, remove one of them"
+    return Fault(path, split, line)
+
+
+def _missing_labels(rows: dict[str, list[Row]], root: Path) -> Iterator[Fault]:
     """A label for every image, but for a test split that has none at all."""
     for split, found in rows.items():
         missing = [row for row in found if row.label is None]
-        if missing and not (split == "test" and len(missing) == len(found)):
-            row = missing[0]
-            raise UserError(
-                f"{row.image} has no label: expected gtFine/{split}/{row.city}/{row.name}{LABEL_SUFFIX} in {root}"
-                + (f" ({len(missing)} images lack theirs)" if len(missing) > 1 else "")
-            )
+        if split == "test" and len(missing) == len(found):
+            continue
+        for row in missing:
+            expected = f"gtFine/{split}/{row.city}/{row.name}{LABEL_SUFFIX}"
+            yield Fault(row.image, split, f"{row.image} has no label: expected {expected} in {root}")
 
 
-def _list_files(root: Path, kind: str, suffix: str) -> Iterator[tuple[tuple[str, str, str], str]]:
-    """Yields ``((split, city, name), path)``; the unpacked folder wins over a zip that lies beside it."""
+def _missing_image(key: Key, label: str, root: Path) -> Fault:
+    expected = f"leftImg8bit/{key.split}/{key.city}/{key.name}{IMAGE_SUFFIX}"
+    return Fault(label, key.split, f"{label} has no image: expected {expected} in {root}")
+
+
+def _list_files(root: Path, kind: str, suffix: str, faults: list[Fault]) -> list[tuple[Key, str]]:
+    """Every file of a kind and its path, sorted; the unpacked folder wins over a zip that lies beside it.
+
+    Archives that cannot be read, and what is in its archive twice, are added to ``faults``.
+    """
     if (root / kind).is_dir():
-        for split in SPLITS:
-            for path in (root / kind / split).glob(f"*/*{suffix}"):
-                yield (split, path.parent.name, path.name.removesuffix(suffix)), str(path)
-        return
+        return sorted(
+            (Key(split, path.parent.name, path.name.removesuffix(suffix)), str(path))
+            for split in SPLITS
+            for path in (root / kind / split).glob(f"*/*{suffix}")
+        )
+    found = {}
     for archive in sorted(root.glob(f"{kind}*.zip")):
         try:
-            inner_paths = _open_zip(str(archive)).namelist()
+            inner_paths = open_zip(str(archive)).namelist()
         except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-            raise UserError(f"{archive} is no readable zip ({error}): download it again") from None
+            line = f"{archive} is no readable zip ({error}): download it again"
+            faults.append(Fault(str(archive), None, line))
+            continue
         for inner in inner_paths:
             parts = inner.split("/")[-4:]
             if inner.endswith(suffix) and len(parts) == 4 and parts[0] == kind and parts[1] in SPLITS:
                 url = ZIP_URL.format(inner=inner, archive=archive)
-                yield (parts[1], parts[2], parts[3].removesuffix(suffix)), url
+                if url in found:
+                    faults.append(Fault(url, parts[1], f"{url} is in its archive twice: download it again"))
+                found[url] = Key(parts[1], parts[2], parts[3].removesuffix(suffix))
+    return sorted((key, url) for url, key in found.items())
 
 
-def _open_zip(archive: str) -> zipfile.ZipFile:
-    # A worker forked with an open archive would share its file position with its siblings: one for each process.
-    return _open_zip_in(archive, os.getpid())
-
-
-@functools.lru_cache(maxsize=8)
-def _open_zip_in(archive: str, process: int) -> zipfile.ZipFile:
-    # Opening reads the directory of 10,000 entries: once, not for every image.
-    return zipfile.ZipFile(archive)
-
-
-UNREADABLE = (OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-"""A missing file, a damaged file and a damaged archive show themselves in all of these ways."""
-
-NO_IMAGE = (*UNREADABLE, SyntaxError, ValueError, Image.DecompressionBombError)
-"""And a broken image in these as well."""
-
-
-def _in_zip(path: str) -> tuple[zipfile.ZipFile, str] | None:
-    """The opened archive and the member that a ``zip://INNER::ARCHIVE`` names; ``None`` for a plain file."""
-    if not path.startswith("zip://"):
-        return None
-    inner, archive = path.removeprefix("zip://").split("::", 1)
-    return _open_zip(archive), inner
-
-
-def read_bytes(path: str) -> bytes:
-    """The content of a file, or of a ``zip://INNER::ARCHIVE`` member.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        packed = _in_zip(path)
-        return Path(path).read_bytes() if packed is None else packed[0].read(packed[1])
-    except UNREADABLE as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-def stamp(path: str) -> str:
-    """What tells a file from a changed one without reading it: size and time of change, or size and CRC in a zip.
-
-    Raises:
-        UserError: it is not there.
-    """
-    try:
-        packed = _in_zip(path)
-        if packed is None:
-            status = Path(path).stat()
-            return f"{status.st_size}:{status.st_mtime_ns}"
-        member = packed[0].getinfo(packed[1])
-        return f"{member.file_size}:{member.CRC:08x}"
-    except UNREADABLE as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+NO_IMAGE = (*UNREADABLE, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError)
+"""A broken image shows itself in these ways as well."""
 
 
 def read_size(path: str) -> tuple[int, int]:
@@ -203,7 +237,7 @@ def read_size(path: str) -> tuple[int, int]:
         UserError: it cannot be read.
     """
     try:
-        packed = _in_zip(path)
+        packed = in_zip(path)
         with Path(path).open("rb") if packed is None else packed[0].open(packed[1]) as file, Image.open(file) as image:
             return image.height, image.width
     except NO_IMAGE as error:
@@ -211,10 +245,12 @@ def read_size(path: str) -> tuple[int, int]:
 
 
 def _broken(path: str, error: Exception) -> UserError:
-    return UserError(f"{path} is no readable image ({error}): download it again")
+    # Pillow's own words for this name an address in memory.
+    reason = "not a PNG, or its header is damaged" if isinstance(error, UnidentifiedImageError) else one_line(error)
+    return UserError(f"{path} is no readable image ({reason}): download it again")
 
 
-def _decode(path: str, modes: tuple[str, ...], what: str) -> Image.Image:
+def _decode(path: str, modes: tuple[str, ...], what: str, depth: int | None = None) -> Image.Image:
     content = read_bytes(path)
     try:
         image = Image.open(io.BytesIO(content))
@@ -223,6 +259,9 @@ def _decode(path: str, modes: tuple[str, ...], what: str) -> Image.Image:
         raise _broken(path, error) from None
     if image.mode not in modes:
         raise UserError(f"{path} has mode {image.mode}, but {what} must have mode {' or '.join(modes)}")
+    # Byte 24 of a PNG is its depth: Pillow stretches the values of 2 and 4 bits to 8.
+    if depth is not None and image.format == "PNG" and content[24] != depth:
+        raise UserError(f"{path} is {content[24]} bits deep, but {what} must be {depth} bits deep")
     return image
 
 
@@ -245,9 +284,9 @@ def read_label(path: str) -> np.ndarray:
         ``uint8[H, W]``: train ids 0..18, and ``labels.IGNORE`` for the void classes.
 
     Raises:
-        UserError: the file is missing or broken, is not 8 bits deep, or holds values that are no labelId.
+        UserError: the file is missing or broken, is no grey map of 8 bits, or holds values that are no labelId.
     """
-    label_ids = np.asarray(_decode(path, ("L",), "a labelIds map"))
+    label_ids = np.asarray(_decode(path, ("L",), "a labelIds map", depth=8))
     train_ids = labels.ID_TO_TRAIN_ID[label_ids]
     if (train_ids == labels.ILLEGAL).any():
         illegal = ", ".join(map(str, np.unique(label_ids[train_ids == labels.ILLEGAL])[:5]))
@@ -262,18 +301,29 @@ def read_pair(image_path: str, label_path: str) -> tuple[np.ndarray, np.ndarray]
         UserError: either cannot be read, or their sizes differ.
     """
     image, label = read_image(image_path), read_label(label_path)
-    if image.shape[:2] != label.shape:
-        raise UserError(
-            f"{label_path} is {label.shape[0]}x{label.shape[1]}, but its image {image_path} is "
-            f"{image.shape[0]}x{image.shape[1]}"
-        )
+    require_same_size(label_path, label.shape, image_path, image.shape[:2])
     return image, label
+
+
+def require_same_size(
+    label_path: str, label_size: tuple[int, int], image_path: str, image_size: tuple[int, int]
+) -> None:
+    """Refuses a label whose height and width are not those of its image.
+
+    Raises:
+        UserError: their sizes differ.
+    """
+    if image_size != label_size:
+        raise UserError(
+            f"{label_path} is {label_size[0]}x{label_size[1]}, but its image {image_path} is "
+            f"{image_size[0]}x{image_size[1]}"
+        )
 
 
 def instance_path(label_path: str) -> str | None:
     """Where the ``instanceIds`` PNG of a label lies, or ``None`` where there is none."""
     path = label_path.replace(LABEL_SUFFIX, INSTANCE_SUFFIX)
-    packed = _in_zip(path)
+    packed = in_zip(path)
     there = Path(path).is_file() if packed is None else packed[1] in packed[0].NameToInfo
     return path if there else None
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from cityseg_hf.config import DataConfig
-from cityseg_hf.data.cityscapes import instance_path, load_cityscapes, stamp
+from cityseg_hf.data.cityscapes import instance_path, load_cityscapes
+from cityseg_hf.data.files import stamp
 from cityseg_hf.data.sources import FileSource
 from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.labels import NUM_CLASSES
