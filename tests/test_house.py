@@ -21,7 +21,7 @@ ORDER = (
     ("evaluation", "hub", "tracking", "memory"),
     ("reporting",),
     ("step",),
-    ("training", "benchmark"),
+    ("training", "benchmark", "chaos"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
