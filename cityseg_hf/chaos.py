@@ -153,8 +153,7 @@ class Chaos:
         launcher = [sys.executable, str(self.scripts / script)]
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if self.processes > 1:
-            torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(self.processes), "--master_port", "0"]
-            launcher[1:1] = torchrun
+            launcher[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.processes)]
             environment["ACCELERATE_USE_CPU"] = "1"
         done = subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stderr

@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY_UNET
+from conftest import REPO, TINY_UNET, load_script
 
 TRAIN = REPO / "scripts" / "train.py"
 
@@ -115,3 +117,118 @@ def test_check_world_says_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             check_world(accelerator, environment)
+
+
+# --- pre-emption
+
+
+def begin(command: list[object], cwd: Path) -> subprocess.Popen:
+    """Starts a training, and returns when it has written its first line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=environment, **pipes)
+    wait_for(lambda: (cwd / "runs/run/metrics.jsonl").is_file(), process)
+    return process
+
+
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def trainings(run: Path) -> list[int]:
+    """The processes that train into a run folder, the launchers apart: rank by rank."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        launcher = b"-m" in words
+        if str(run).encode() in words and not launcher:
+            rank = next((int(one[5:]) for one in environment if one.startswith(b"RANK=")), 0)
+            found.append((rank, parent, int(folder.name)))
+    workers = {pid for _, _, pid in found}  # a loader's worker has the words of its parent
+    return [pid for _, parent, pid in sorted(found) if parent not in workers]
+
+
+LONG = ("-e", 60, "-b", 2, "--logging_steps", 1, "-f", 20, "-a")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+SINGLE = ("-m", "accelerate.commands.launch", "--quiet", "--cpu")
+
+
+def flags(streets: Path, cwd: Path, *more: object) -> list[object]:
+    return [TRAIN, "-d", streets, *TINY_UNET, *LONG, "-s", cwd / "runs", "--run_name", "run", *more]
+
+
+def saved(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "target", "number"),
+    [
+        (TORCHRUN, "rank", signal.SIGTERM),
+        (TORCHRUN, "rank", signal.SIGUSR1),
+        (TORCHRUN, "launcher", signal.SIGTERM),
+        (TORCHRUN, "launcher", signal.SIGUSR1),
+        (SINGLE, "launcher", signal.SIGTERM),
+        (SINGLE, "launcher", signal.SIGUSR1),
+        ((), "rank", signal.SIGINT),
+    ],
+    ids=["torchrun rank TERM", "torchrun rank USR1", "torchrun TERM", "torchrun USR1", "accelerate TERM",
+         "accelerate USR1", "python INT"],
+)  # fmt: skip
+def test_a_signal_to_anyone_saves(
+    launcher: tuple, target: str, number: signal.Signals, streets: Path, tmp_path: Path
+) -> None:
+    """All processes finish the same step and save it, whoever got the signal; nobody trains on alone."""
+    run = tmp_path / "runs/run"
+    process = begin([*launcher, *flags(streets, tmp_path)], tmp_path)
+    os.kill(trainings(tmp_path / "runs")[-1] if target == "rank" else process.pid, number)
+    stderr = process.communicate(timeout=60)[1]
+    wait_for(lambda: not trainings(tmp_path / "runs"))
+    steps = [int(name[5:]) for name in saved(run)]
+    last = max(json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert steps, stderr[-2000:]
+    assert steps[-1] == last < 180
+    if not launcher:
+        assert process.returncode == 75
+        assert stderr.splitlines()[-1].startswith("stopped: SIGINT at step")
+        assert "Traceback" not in stderr
+
+
+def test_a_process_that_dies_ends_the_others(streets: Path, tmp_path: Path) -> None:
+    """Within a minute, with a line that says so; and the run goes on from what was saved, on one process."""
+    process = begin([*TORCHRUN, *flags(streets, tmp_path, "--save_every", 2)], tmp_path)
+    run = tmp_path / "runs/run"
+    wait_for(lambda: saved(run), process)
+    start = time.monotonic()
+    os.kill(trainings(tmp_path / "runs")[-1], signal.SIGKILL)
+    stderr = process.communicate(timeout=60)[1]
+    wait_for(lambda: not trainings(tmp_path / "runs"))
+    assert time.monotonic() - start < 60
+    assert "another process is gone" in stderr
+    assert "Traceback" not in stderr.split("torch/distributed", 1)[0]
+    # The same images a step: one process takes the batches of both.
+    done = launch(*flags(streets, tmp_path, "-b", 4), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "going on from step" in done.stdout
+    alone = launch(*flags(streets, tmp_path, "-b", 4, "--run_name", "alone"), cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    np.testing.assert_allclose(losses(run), losses(tmp_path / "runs/alone"), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_runs_end_as_quiet_ones(processes: int, capsys: pytest.CaptureFixture) -> None:
+    """``scripts/chaos.py`` in short: every place once with one process, some with two."""
+    kills = {1: 10, 2: 3}[processes]
+    assert load_script("chaos").main(["--kills", str(kills), "--processes", str(processes), "--seed", "3"]) == 0
+    said = capsys.readouterr().out
+    assert f"{kills} of {kills} killed runs ended as the quiet one, bit for bit" in said
