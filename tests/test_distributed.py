@@ -227,8 +227,8 @@ def test_a_process_that_dies_ends_the_others(streets: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_runs_end_as_quiet_ones(processes: int, capsys: pytest.CaptureFixture) -> None:
-    """``scripts/chaos.py`` in short: every place once with one process, some with two."""
-    kills = {1: 10, 2: 3}[processes]
+    """``scripts/chaos.py`` in short: most places with one process, some with two."""
+    kills = {1: 6, 2: 2}[processes]
     assert load_script("chaos").main(["--kills", str(kills), "--processes", str(processes), "--seed", "3"]) == 0
     said = capsys.readouterr().out
     assert f"{kills} of {kills} killed runs ended as the quiet one, bit for bit" in said
