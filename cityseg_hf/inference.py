@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, P
 from cityseg_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, resize_image
 from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.labels import NUM_CLASSES
+from cityseg_hf.models.weights import read_checkpoint
 from cityseg_hf.upsampled import argmax
 
 
@@ -18,17 +19,27 @@ def load_model_folder(source: str | Path) -> tuple[PreTrainedModel, Any]:
     """A trained network and its image processor, from a model folder or the Hub. Reads safetensors only.
 
     Raises:
-        UserError: there is no such folder or model, or it was not trained on the 19 classes and images
-            normalised as ours.
+        UserError: there is no such folder or model, its weights are not whole, or it was not trained on the 19 classes
+            and images normalised as ours.
     """
+    model, missing, mismatched = read_checkpoint(AutoModelForSemanticSegmentation, source)
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         processor = AutoImageProcessor.from_pretrained(source)
-    except Exception as error:  # the libraries raise many kinds for a broken file; all mean the same to the user
-        raise UserError(f"cannot load the model {source}: {one_line(error)}") from None
+    except Exception as error:  # a broken file raises what the library that meets it raises
+        if Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file():
+            raise UserError(f"cannot load {source}: there is no preprocessor_config.json in it") from None
+        raise UserError(f"cannot load the image processor of {source}: {one_line(error)}") from None
     if model.config.num_labels != NUM_CLASSES:
         raise UserError(
             f"{source} has {model.config.num_labels} classes, Cityscapes has {NUM_CLASSES}: fine-tune it first"
+        )
+    if missing:
+        raise UserError(
+            f"{source} lacks {len(missing)} of its weights, first {missing[0]}: train it first, or copy the whole file"
+        )
+    if mismatched:
+        raise UserError(
+            f"{source} has {len(mismatched)} weights of other sizes than its config.json says, first {mismatched[0]}"
         )
     means = (getattr(processor, "image_mean", None), getattr(processor, "image_std", None))
     if not getattr(processor, "do_normalize", False) or not np.allclose(

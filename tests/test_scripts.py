@@ -108,7 +108,7 @@ def test_evaluate_asks_for_what_is_missing(model_folder: Path, streets: Path, tm
     main = load_script("evaluate").main
     with pytest.raises(UserError, match="no folder"):
         main(["--model", str(model_folder), "-d", str(tmp_path / "nothing")])
-    with pytest.raises(UserError, match="cannot load the model"):
+    with pytest.raises(UserError, match=r"there is no config\.json in it"):
         main(["--model", str(tmp_path), "-d", str(streets)])
     with pytest.raises(UserError, match="--output"):
         main(["--model", str(model_folder), "-d", str(streets), "--output", str(tmp_path / "no" / "where.json")])

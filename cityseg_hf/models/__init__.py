@@ -1,6 +1,10 @@
 """The networks. Importing this makes UNet and FCNResNet known to transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, SegformerConfig
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from cityseg_hf.models.configuration_fcn_resnet import FCNResNetConfig
 from cityseg_hf.models.configuration_unet import UNetConfig
@@ -9,6 +13,9 @@ from cityseg_hf.models.modeling_segformer import SegformerForSemanticSegmentatio
 from cityseg_hf.models.modeling_unet import UNetForSemanticSegmentation
 from cityseg_hf.models.presets import PRESETS, build_model, freeze_batchnorm
 
+# transformers converts the names in the published files for classes of its own alone, unless asked for others.
+if (_renaming := get_checkpoint_conversion_mapping(SegformerForSemanticSegmentation.__name__)) is not None:
+    register_checkpoint_conversion_mapping(SegformerForSemanticSegmentation.__name__, _renaming, overwrite=True)
 # The folded head computes transformers' logits from transformers' weights, with less work.
 AutoModelForSemanticSegmentation.register(SegformerConfig, SegformerForSemanticSegmentation, exist_ok=True)
 if AutoModelForSemanticSegmentation._model_mapping[SegformerConfig] is not SegformerForSemanticSegmentation:

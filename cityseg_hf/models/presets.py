@@ -1,5 +1,6 @@
 """The networks by name, and the one way to build or load any of them."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from cityseg_hf.models.configuration_unet import UNetConfig
 from cityseg_hf.models.modeling_fcn_resnet import FCNResNetForSemanticSegmentation
 from cityseg_hf.models.modeling_segformer import SegformerForSemanticSegmentation
 from cityseg_hf.models.modeling_unet import UNetForSemanticSegmentation
+from cityseg_hf.models.weights import read_checkpoint, why_not
+
+logger = logging.getLogger(__name__)
 
 
 def _mit(hidden_sizes: tuple[int, ...], depths: tuple[int, ...], decoder_hidden_size: int) -> SegformerConfig:
@@ -83,8 +87,11 @@ def build_model(name: str, *, init_from: str | None = None, **config: Any) -> Pr
         if key not in known or key in ("id2label", "label2id", "model_type"):
             raise UserError(f"{name} has no setting {key!r}; it has {', '.join(_own_settings(preset))}")
     for key, value in config.items():
-        if "drop" in key and not (isinstance(value, (int, float)) and 0 <= value < 1):
-            raise UserError(f"{name}: {key} must lie in [0, 1), got {value!r}")
+        if "drop" in key:
+            if not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise UserError(f"{name}: {key} must lie in [0, 1), got {value!r}")
+        elif min(_numbers(value), default=1) <= 0 < min(_numbers(known[key]), default=0):
+            raise UserError(f"{name}: {key} must be above 0, got {value!r}")
     if config.get("num_channels", 3) != 3:
         raise UserError(f"{name}: num_channels must be 3, the images are RGB; got {config['num_channels']!r}")
     fields = {**{k: v for k, v in known.items() if k != "model_type"}, **CITYSCAPES_HEAD, **config}
@@ -99,6 +106,13 @@ def build_model(name: str, *, init_from: str | None = None, **config: Any) -> Pr
     elif init_from is not None:
         model = _from_pretrained(model_class, init_from, {"config": configuration}, preset=name)
     return model
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers in a setting, however deep its lists."""
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 
 def _own_settings(preset: PretrainedConfig) -> list[str]:
@@ -122,27 +136,19 @@ def _read_config(source: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load {source}: {one_line(error)}") from None
+        raise UserError(f"cannot load {source}: {why_not(error)}") from None
 
 
 def _from_pretrained(auto_class: Any, source: str, options: dict[str, Any], preset: str | None = None) -> Any:
-    """``from_pretrained`` that reads safetensors only and refuses to start an encoder at random in silence."""
-    try:
-        model, info = auto_class.from_pretrained(
-            source,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:  # a broken file raises what the library that meets it raises
-        raise UserError(f"cannot load {source}: {one_line(error)}") from None
-    mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
-    strange = [key for key in (*mismatched, *info["missing_keys"]) if not _in_head(key)]
+    """Reads a checkpoint to start from: a head that it does not bring is said, an encoder is refused."""
+    model, missing, mismatched = read_checkpoint(auto_class, source, **options)
+    absent = [*mismatched, *missing]
+    strange = [key for key in absent if not _in_head(key)]
     if strange:
         fits = f" does not fit {preset}" if preset else " lacks weights of its own network"
         raise UserError(f"{source}{fits}: {len(strange)} parameters outside the head differ, first {strange[0]}")
+    if absent:
+        logger.warning("%d parameters of the head are not in %s: it starts at random", len(absent), source)
     return model
 
 
