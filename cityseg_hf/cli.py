@@ -66,8 +66,9 @@ def parse_train_args(argv: Sequence[str], fallback_recipe: Callable[[str | None]
     layers: list[tuple[str, dict[str, Any]]] = []  # where settings come from and what they are, highest first
     if "config" in given:
         settings = _read_yaml(given["config"])
+        words = _words(settings, parser, given["config"])
         try:
-            from_file = _given(_words(settings, parser, given["config"]))
+            from_file = _given(words)
         except UserError as error:
             raise UserError(f"{given['config']}: {error}") from None
         layers.append((given["config"], _without(given, settings)))
@@ -131,6 +132,19 @@ def _words(settings: Mapping[str, Any], parser: Parser, where: str) -> list[str]
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
     return words
+
+
+def check_output_file(path: str | None) -> None:
+    """Raises UserError now for an ``--output`` that could not be written after long work."""
+    if path is None:
+        return
+    target = Path(path).resolve()
+    if not target.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {target.parent}")
+    if target.is_dir():
+        raise UserError(f"--output {path} is a folder: name a file in it")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"--output {path}: {target.parent} cannot be written to")
 
 
 def exit_with(main: Callable[[list[str]], int | None]) -> NoReturn:

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cityseg_hf.errors import UserError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from cityseg_hf.errors import UserError, one_line
 
 
 def _flag(default: Any, help: str, *aliases: str, **argparse_options: Any) -> Any:
@@ -41,6 +44,14 @@ def _check_size(name: str, size: list[int] | None) -> None:
         size is None or (len(size) == 2 and min(size) >= 32),
         f"--{name} takes a height and a width of at least 32, for example --{name} 512 1024; got {size}",
     )
+
+
+def _check_repository(name: str) -> None:
+    # The Hub would say so as well, but after the training.
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {name!r} is no name of a repository: {one_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,11 @@ class OptimConfig:
             self.learning_rate is None or 0 < self.learning_rate < float("inf"),
             f"--learning_rate must be a number above 0, got {self.learning_rate}",
         )
-        _require(self.weight_decay >= 0, f"--weight_decay must not be negative, got {self.weight_decay}")
+        for name in ("weight_decay", "head_lr_multiplier"):
+            _require(
+                0 <= getattr(self, name) < float("inf"),
+                f"--{name} must be a number that is not negative, got {getattr(self, name)}",
+            )
         _require(self.gamma is None or 0 < self.gamma <= 1, f"--gamma must lie in (0, 1], got {self.gamma}")
         _require(self.warmup_steps >= 0, f"--warmup_steps must not be negative, got {self.warmup_steps}")
         _require(0 <= self.momentum < 1, f"--momentum must lie in [0, 1), got {self.momentum}")
@@ -220,6 +235,10 @@ class TrainConfig:
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"--ema_decay must lie between 0 and 1, for example 0.999; got {self.ema_decay}",
         )
+        _require(
+            0 <= self.auxiliary_loss_weight < float("inf"),
+            f"--auxiliary_loss_weight must be a number that is not negative, got {self.auxiliary_loss_weight}",
+        )
         _require(self.early_stopping_patience >= 0, "--early_stopping_patience must not be negative (0: never stop)")
         _require(0 <= self.seed < 2**32, f"--seed must lie in 0..{2**32 - 1}, got {self.seed}")
 
@@ -278,8 +297,11 @@ class RunConfig:
         _require(self.max_skipped_steps >= 1, f"--max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
         if self.save_every is not None:
             parse_duration(self.save_every)
-        if self.run_name is not None and (Path(self.run_name).name != self.run_name or self.run_name in ("", "..")):
-            raise UserError(f"--run_name must be a plain folder name, got {self.run_name!r}")
+        if self.push_to_hub is not None:
+            _check_repository(self.push_to_hub)
+        name = self.run_name
+        if name is not None and (Path(name).name != name or name in ("", "..") or len(name.encode()) > 200):
+            raise UserError(f"--run_name must be a plain folder name of 200 letters at most, got {name!r}")
 
 
 @dataclass(frozen=True)
@@ -328,7 +350,12 @@ class Config:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
         train, optim = self.train, self.optim
         length = f"s{train.max_steps}" if train.max_steps else f"e{train.num_epochs}"
-        parts = [Path(self.model.model_type).name, self.data.augmentation, length, f"b{settings['global_batch_size']}"]
+        parts = [
+            Path(self.model.model_type).name[:100],
+            self.data.augmentation,
+            length,
+            f"b{settings['global_batch_size']}",
+        ]
         parts += [f"lr{optim.learning_rate:g}", f"wd{optim.weight_decay:g}"]
         parts += [f"g{optim.gamma:g}" if optim.gamma else optim.schedule, f"seed{train.seed}", digest]
         return "_".join(parts)

@@ -38,8 +38,8 @@ class RunFolder:
         file = self.path / "run.json"
         if file.is_file():
             try:
-                before = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
+                before = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
                 raise UserError(f"{file} is damaged ({one_line(error)}): choose another --run_name") from None
             for name in ("settings", "data_fingerprint"):
                 _require_same(before.get(name), description.get(name), name, self.path)

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from cityseg_hf import UserError
 from cityseg_hf.benchmark.options import MODELS, Options
 from cityseg_hf.benchmark.run import MODES, benchmark
-from cityseg_hf.cli import Parser, exit_with
+from cityseg_hf.cli import Parser, check_output_file, exit_with
 from cityseg_hf.runs import write_json
 
 # Beside this script lies evaluate.py, which must not hide the library of that name.
@@ -29,7 +29,7 @@ def parser() -> Parser:
     flags = Parser(description="Measure this project and its peers in turns: A B A B. Ratios above 1 are ours.")
     flags.add_argument("mode", choices=list(MODES), help="what is measured")
     flags.add_argument("--peers", action="store_true", help="also the peers that the extra 'bench' installs")
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flags.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--models", nargs="+", help=f"for train and infer: presets, or {', '.join(MODELS)}")
     flags.add_argument(
         "--size",
@@ -52,10 +52,9 @@ def main(argv: list[str]) -> None:
     size = tuple(args.size or SIZES.get(args.mode, IMAGE_SIZE))
     if min(size) < 64 or args.batch_size < 1 or args.rounds < 1 or min(args.images) < 1:
         raise UserError("--size takes at least 64 64; --batch_size, --rounds and --images at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
-    if args.output and not Path(args.output).resolve().parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no folder {Path(args.output).resolve().parent}")
+    check_output_file(args.output)
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="Downcasting array dtype")  # evaluate, of every map it stores
     with tempfile.TemporaryDirectory() as folder:

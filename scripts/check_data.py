@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cityseg_hf import UserError
-from cityseg_hf.cli import Parser, exit_with
+from cityseg_hf.cli import Parser, check_output_file, exit_with
 from cityseg_hf.data.checking import check_tree
 from cityseg_hf.data.cityscapes import DEFAULT_ROOT
 from cityseg_hf.runs import write_json
@@ -31,17 +31,13 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.num_workers < 0:
         raise UserError(f"--num_workers must not be negative, got {args.num_workers}")
-    if args.output and not Path(args.output).resolve().parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no folder {Path(args.output).resolve().parent}")
+    check_output_file(args.output)
     root, start = args.base_dataset_path, time.perf_counter()
     # Around the progress bar, which shares the terminal.
     report = check_tree(root, num_workers=args.num_workers, say=tqdm.write)
     if args.output:
         faults = [{"file": fault.file, "split": fault.split, "fault": fault.line} for fault in report.faults]
-        try:
-            write_json(Path(args.output), faults)
-        except OSError as error:
-            raise UserError(f"--output {args.output}: {error.strerror}") from None
+        write_json(Path(args.output), faults)
     count = len(report.faults)
     if count:
         many = f"{count} faults in {root}: mend them" if count > 1 else f"1 fault in {root}: mend it"

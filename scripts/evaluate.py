@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
 from cityseg_hf import UserError, load_cityscapes
-from cityseg_hf.cli import Parser, exit_with
+from cityseg_hf.cli import Parser, check_output_file, exit_with
 from cityseg_hf.data.cityscapes import DEFAULT_ROOT
 from cityseg_hf.data.loading import SegmentationDataset
 from cityseg_hf.data.prepared import Prepared, open_prepared
@@ -81,8 +81,7 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.batch_size < 1 or args.num_workers < 0:
         raise UserError(f"--batch_size {args.batch_size} and --num_workers {args.num_workers}: at least 1 and 0")
-    if args.output and not Path(args.output).resolve().parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no folder {Path(args.output).resolve().parent}")
+    check_output_file(args.output)
     transformers_logging.disable_progress_bar()
     state = PartialState()
     prepared = None if args.prepared is None else open_prepared_for(args)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from cityseg_hf import make_synthetic
+from cityseg_hf.launch import STOP_SIGNALS
 
 REPO = Path(__file__).parent.parent
 
@@ -30,10 +32,15 @@ def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> None:
-    """Accelerate keeps one state per process; every test starts without it, and from the same random numbers."""
+    """Accelerate keeps one state per process; every test starts without it, and from the same random numbers.
+
+    A training turns signals into wishes for the rest of its process: that ends with its test.
+    """
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     torch.manual_seed(0)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def load_script(name: str) -> ModuleType:

@@ -380,7 +380,7 @@ def test_instance_maps_are_read_in_place(tree: Path) -> None:
         (["-d", "."], "no images in ."),
         (["--num_workers", "-1"], "--num_workers"),
         (["-d", "tree", "--output", "none/faults.json"], "there is no folder"),
-        (["-d", "tree", "--output", "tree"], "--output tree:"),
+        (["-d", "tree", "--output", "tree"], "--output tree is a folder"),
         (["--worker", "1"], "unknown flag --worker"),
     ],
 )

@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from cityseg_hf.errors import UserError
+from cityseg_hf.errors import UserError, one_line
 
 ZIP_URL = "zip://{inner}::{archive}"
 
@@ -44,7 +44,7 @@ def read_bytes(path: str) -> bytes:
         packed = in_zip(path)
         return Path(path).read_bytes() if packed is None else packed[0].read(packed[1])
     except UNREADABLE as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {_reason(error)}") from None
 
 
 def stamp(path: str) -> str:
@@ -61,4 +61,9 @@ def stamp(path: str) -> str:
         member = packed[0].getinfo(packed[1])
         return f"{member.file_size}:{member.CRC:08x}"
     except UNREADABLE as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    # The path is said already.
+    return getattr(error, "strerror", None) or one_line(error)
