@@ -162,6 +162,16 @@ def exit_with(main: Callable[[list[str]], int | None]) -> NoReturn:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror}{where}: make room and run the same command again", file=sys.stderr)
         status = EXIT_USER_ERROR
+    except RuntimeError as error:
+        # torch's words, raised wherever this process happens to be when the system tells it.
+        if "DataLoader worker" not in str(error):
+            raise
+        print(
+            f"error: a process that loads data was lost ({one_line(error)}): if memory ran out, lower --num_workers; "
+            "run the same command again to go on",
+            file=sys.stderr,
+        )
+        status = 1
     except ProcessLost as lost:
         print(f"error: {lost}", file=sys.stderr)
         status = 1

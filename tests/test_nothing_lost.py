@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -374,3 +375,31 @@ def test_a_checkpoint_of_another_network_is_one_line(run_train: RunTrain, street
     with pytest.raises(UserError, match=r"cannot go on from .*step_00000003") as caught:
         run_train("-d", streets, *TINY_UNET, *SHORT, name="one")
     assert "\n" not in str(caught.value)
+
+
+KILLS_A_WORKER = """
+import multiprocessing, os, runpy, signal, sys
+from cityseg_hf.step import TrainStep
+
+take = TrainStep.__call__
+
+def cut(self, batches, number):
+    if number == 2:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    return take(self, batches, number)
+
+TrainStep.__call__ = cut
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_a_killed_worker_is_one_line(streets: Path, tmp_path: Path) -> None:
+    """The kernel kills what takes too much memory, and a worker may be the one."""
+    argv = ["-d", streets, *TINY_UNET, "--num_workers", 2, "-e", 200, "-b", 4, "-f", 200, "--save_every", 1]
+    command = [sys.executable, "-c", KILLS_A_WORKER, REPO / "scripts/train.py", *argv]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"error: a process that loads data was lost .*Killed.*lower --num_workers", last)
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("saved_models/*/checkpoints/step_*"))
