@@ -1,22 +1,22 @@
 """One optimiser step: forward, loss and backward of a global batch, and an update that skips what is not finite."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cityseg_hf.checkpoint import Stateful
 from cityseg_hf.config import Config
 from cityseg_hf.data.augment import Augment
 from cityseg_hf.data.loading import random_seed
-from cityseg_hf.launch import prepare_network
+from cityseg_hf.engines import DataParallel
+from cityseg_hf.launch import prepare_network, share_buffers
 from cityseg_hf.losses import Criterion, label_mass
 from cityseg_hf.models import freeze_batchnorm
-from cityseg_hf.optim import Plan, average_weights, make_optimizer, rate_factor
+from cityseg_hf.optim import Plan, average_weights, rate_factor
 from cityseg_hf.reporting import Skipped, TrainScores
 
 
@@ -51,28 +51,35 @@ class TrainStep:
         self.network = prepare_network(model, accelerator, compiled=config.train.compile)
         self.class_weights = None if class_weights is None else class_weights.to(accelerator.device)
         # What is judged and saved: the network itself, or the average that follows it.
-        decay, self.averaged, self.judged = config.train.ema_decay, None, self.network
+        decay, self.averaged = config.train.ema_decay, None
         if decay is not None:
             self.averaged = average_weights(self.network, decay).to(accelerator.device)
-            self.judged = self.averaged.module
-        optimizer = make_optimizer(self.network, config.optim)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(config.optim, plan))
         criterion = Criterion(
             self.network, config.train.auxiliary_loss_weight, self.class_weights, compiled=config.train.compile
         )
-        self.criterion, self.optimizer = accelerator.prepare(criterion, optimizer)
+        self.engine = DataParallel(accelerator, self.network, criterion, config.optim)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.engine.optimizer, rate_factor(config.optim, plan))
         self.statistics = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         self.skipped = Skipped(accelerator.device)
 
     def parts(self) -> dict[str, Stateful]:
         """All that a run goes on from, by the name it has in a checkpoint."""
-        found = {"network": self.network, "optimizer": self.optimizer.optimizer, "scheduler": self.scheduler}
+        found = {**self.engine.parts(), "scheduler": self.scheduler}
         others = {"average": self.averaged, "scaler": self.accelerator.scaler, "skipped": self.skipped}
         return {**found, **{name: part for name, part in others.items() if part is not None}}
 
+    def judged(self) -> PreTrainedModel:
+        """The network that is judged and saved, with all its weights as they are now. A collective call."""
+        if self.averaged is not None:
+            share_buffers(self.accelerator, self.network, self.averaged.module)
+            return self.averaged.module
+        share_buffers(self.accelerator, self.network)
+        self.engine.refresh()
+        return self.engine.whole
+
     def train(self) -> None:
         """Training mode."""
-        self.criterion.train()
+        self.engine.criterion.train()
         if self.config.model.freeze_batchnorm:
             freeze_batchnorm(self.network.modules())
 
@@ -96,34 +103,25 @@ class TrainStep:
         total = torch.zeros((), device=accelerator.device)
         before = [buffer.clone() for buffer in self.statistics]
         for number, batch in enumerate(batches, start=1):
-            # Gradients cross processes once a step, with the last batch.
-            with nullcontext() if number == len(batches) else accelerator.no_sync(self.criterion):
+            last = number == len(batches)
+            with self.engine.accumulating(last=last):
                 pixel_values, labels = self.augment(batch["pixel_values"], batch["labels"], batch["augmentation"])
-                loss, logits = self.criterion(pixel_values, labels, batch["key"])
+                loss, logits = self.engine.criterion(pixel_values, labels, batch["key"])
                 loss = loss / valid
-                # Data parallelism averages gradients over processes; the division by valid has done so already.
-                accelerator.backward(loss * accelerator.num_processes)
+                self.engine.backward(loss, last=last)
             total += loss.detach()
             self.scores.update(logits, labels)
         self._update(before)
         return total
 
     def _update(self, before: list[Tensor]) -> None:
-        parameters = [parameter for parameter in self.criterion.parameters() if parameter.grad is not None]
-        self.accelerator.unscale_gradients()
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        bad = ~norm.isfinite()
-        if self.config.optim.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.max_grad_norm, norm)
-        if self.accelerator.scaler is None:  # else the scaler skips, and lowers its factor
-            self.optimizer.optimizer.found_inf = bad.float()
-        self.optimizer.step()
+        bad = self.engine.update()
         self.scheduler.step()
-        self.optimizer.zero_grad()
         self._keep_statistics(bad, before)
         self.skipped.note(bad)
         if self.averaged is not None:
-            self.averaged.update_parameters(self.network)
+            self.engine.refresh()
+            self.averaged.update_parameters(self.engine.whole)
 
     def _keep_statistics(self, bad: Tensor, before: list[Tensor]) -> None:
         for buffer, old in zip(self.statistics, before, strict=True):

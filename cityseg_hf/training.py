@@ -21,7 +21,7 @@ from cityseg_hf.data.transforms import EvalTransform, normalize
 from cityseg_hf.errors import LocalFault, ProcessLost, Stopped
 from cityseg_hf.evaluation import evaluate, evaluation_loader
 from cityseg_hf.inference import load_model_folder, predict
-from cityseg_hf.launch import StopSignals, agreed, lost_process, share_buffers
+from cityseg_hf.launch import StopSignals, agreed, lost_process
 from cityseg_hf.losses import class_weights
 from cityseg_hf.memory import out_of_memory
 from cityseg_hf.optim import Plan
@@ -188,14 +188,14 @@ class Trainer:
 
     def _validate(self) -> None:
         split, step = selection_split(self.sources), self.progress.step
-        share_buffers(self.accelerator, self.step.network, self.step.judged)
+        judged = self.step.judged()
         loader = self._evaluation_loader(split)
-        scores = dict(evaluate(self.step.judged, loader, title=split))
+        scores = dict(evaluate(judged, loader, title=split))
         better = self.progress.note_validation(scores["miou"], scores.get("loss", float("nan")))
         self.reporter.after_validation(step, split, scores, better)
-        self._send_panel(loader)
+        self._send_panel(judged, loader)
         for name in (*better, "last"):
-            self._save_model(name)
+            self._save_model(name, judged)
         patience = self.config.train.early_stopping_patience
         wish = torch.tensor(0 < patience <= self.progress.validations_without_gain, device=self.accelerator.device)
         # All processes have the same scores; the main one's word makes sure that they stop together.
@@ -210,16 +210,16 @@ class Trainer:
             dataset, batch_size=self.config.train.batch_size, num_workers=self.config.run.num_workers
         )
 
-    def _send_panel(self, loader: DataLoader) -> None:
+    def _send_panel(self, judged: PreTrainedModel, loader: DataLoader) -> None:
         if self.tracking.alive:
             sample = loader.dataset[(0, 0)]
             pixel_values = normalize(sample["pixel_values"].to(self.accelerator.device))
-            predictions = predict(self.step.judged, pixel_values[None], tuple(sample["labels"].shape))
+            predictions = predict(judged, pixel_values[None], tuple(sample["labels"].shape))
             self.tracking.log_panel(pixel_values, sample["labels"], predictions[0], self.progress.step)
 
-    def _save_model(self, name: str) -> None:
+    def _save_model(self, name: str, judged: PreTrainedModel) -> None:
         if self.accelerator.is_main_process:
-            ckpt.save_model_folder(self.run.path / name, self.step.judged, self.processor)
+            ckpt.save_model_folder(self.run.path / name, judged, self.processor)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:

@@ -19,7 +19,7 @@ ORDER = (
     ("losses", "runs", "launch"),
     ("inference", "checkpoint"),
     ("evaluation", "hub", "tracking", "memory"),
-    ("reporting",),
+    ("reporting", "engines"),
     ("step",),
     ("training", "benchmark", "chaos"),
 )

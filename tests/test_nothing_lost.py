@@ -252,7 +252,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     def watched(self: TrainStep, before: list) -> None:
         update(self, before)
         names = {name: value.clone() for name, value in self.network.state_dict().items() if value.is_floating_point()}
-        states.append((names, [dict(state) for state in self.optimizer.optimizer.state.values()]))
+        states.append((names, [dict(state) for state in self.engine.optimizer.state.values()]))
 
     monkeypatch.setattr(TrainStep, "_update", watched)
     make_wild(monkeypatch, {2})
