@@ -131,8 +131,10 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
 
-    def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
-        """Saves the state of all parts, in the background. Called by the main process alone.
+    def save(self, step: int, parts: Mapping[str, Stateful], *, writes: bool = True) -> None:
+        """Saves the state of all parts, in the background.
+
+        Called by the main process; by the others too where reading the state takes all of them, without ``writes``.
 
         Raises:
             UserError: the last one could not be written.
@@ -141,7 +143,9 @@ class Checkpoints:
             return
         self.wait()
         state = {name: _on_host(part.state_dict()) for name, part in parts.items()}
-        self._writing, self.saved_step = self._writer.submit(self._write, step, state), step
+        self.saved_step = step
+        if writes:
+            self._writing = self._writer.submit(self._write, step, state)
 
     def wait(self) -> None:
         """Returns when what was saved lies on the disk.

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, broadcast, compile_regions_fsdp2
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    KwargsHandler,
+    broadcast,
+    compile_regions_fsdp2,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -135,9 +141,19 @@ def check_world(accelerator: Accelerator, environment: Any = os.environ) -> None
             "more than one process was asked for but one was started: for several processes on CPUs use "
             "'ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes N'; for one process unset MASTER_ADDR"
         )
-    for engine in ("FSDP", "DEEPSPEED"):
-        if environment.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
-            raise UserError(f"{engine} was asked for, but this version trains with plain data parallelism only")
+    _check_engine(accelerator, environment)
+
+
+def _check_engine(accelerator: Accelerator, environment: Any) -> None:
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        if accelerator.distributed_type != DistributedType.FSDP:
+            raise UserError("FSDP was asked for, but accelerate shards only over several GPUs: launch without it here")
+        if not accelerator.is_fsdp2:
+            raise UserError("FSDP was asked for in its first version: set fsdp_version: 2 (--fsdp_version 2)")
+        if accelerator.mixed_precision == "fp16":
+            raise UserError("FSDP and fp16 do not go together here: use bf16 or no")
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        raise UserError("DEEPSPEED was asked for, but this version trains with plain data parallelism only")
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))

@@ -12,7 +12,7 @@ from cityseg_hf.checkpoint import Stateful
 from cityseg_hf.config import Config
 from cityseg_hf.data.augment import Augment
 from cityseg_hf.data.loading import random_seed
-from cityseg_hf.engines import DataParallel
+from cityseg_hf.engines import make_engine
 from cityseg_hf.launch import prepare_network, share_buffers
 from cityseg_hf.losses import Criterion, label_mass
 from cityseg_hf.models import freeze_batchnorm
@@ -57,7 +57,7 @@ class TrainStep:
         criterion = Criterion(
             self.network, config.train.auxiliary_loss_weight, self.class_weights, compiled=config.train.compile
         )
-        self.engine = DataParallel(accelerator, self.network, criterion, config.optim)
+        self.engine = make_engine(accelerator, self.network, criterion, config.optim)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.engine.optimizer, rate_factor(config.optim, plan))
         self.statistics = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         self.skipped = Skipped(accelerator.device)
@@ -106,7 +106,7 @@ class TrainStep:
             last = number == len(batches)
             with self.engine.accumulating(last=last):
                 pixel_values, labels = self.augment(batch["pixel_values"], batch["labels"], batch["augmentation"])
-                loss, logits = self.engine.criterion(pixel_values, labels, batch["key"])
+                loss, logits = self.engine.forward(pixel_values, labels, batch["key"])
                 loss = loss / valid
                 self.engine.backward(loss, last=last)
             total += loss.detach()

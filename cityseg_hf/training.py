@@ -224,9 +224,11 @@ class Trainer:
 
     def _save(self) -> None:
         self.reporter.train_scores.collect()
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if main:
             self.run.sync()
-            self.checkpoints.save(self.progress.step, self.parts)
+        if main or self.step.engine.gathers:
+            self.checkpoints.save(self.progress.step, self.parts, writes=main)
 
     def _test(self, signals: StopSignals) -> dict[str, Any]:
         """Tests each of the three saved models, reloaded as a user would."""
