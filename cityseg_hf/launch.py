@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    InitProcessGroupKwargs,
     KwargsHandler,
     broadcast,
     compile_regions_fsdp2,
@@ -84,7 +85,16 @@ def _check_compiler(device: torch.device) -> None:
 
 def _handlers(config: Config) -> list[KwargsHandler]:
     # Networks of others may hold parameters that their logits do not need; looking for them costs the presets nothing.
-    return [] if config.model.model_type in PRESETS else [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    handlers: list[KwargsHandler] = []
+    if config.model.model_type not in PRESETS:
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
+    if _asked_for("DEEPSPEED", os.environ) and not torch.cuda.is_available():
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # it would take NCCL, which needs GPUs
+    return handlers
+
+
+def _asked_for(engine: str, environment: Any) -> bool:
+    return environment.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
 
 
 def use_cpu_well() -> None:
@@ -145,15 +155,20 @@ def check_world(accelerator: Accelerator, environment: Any = os.environ) -> None
 
 
 def _check_engine(accelerator: Accelerator, environment: Any) -> None:
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+    if _asked_for("FSDP", environment):
         if accelerator.distributed_type != DistributedType.FSDP:
             raise UserError("FSDP was asked for, but accelerate shards only over several GPUs: launch without it here")
         if not accelerator.is_fsdp2:
             raise UserError("FSDP was asked for in its first version: set fsdp_version: 2 (--fsdp_version 2)")
         if accelerator.mixed_precision == "fp16":
             raise UserError("FSDP and fp16 do not go together here: use bf16 or no")
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        raise UserError("DEEPSPEED was asked for, but this version trains with plain data parallelism only")
+    if _asked_for("DEEPSPEED", environment):
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            raise UserError("DeepSpeed was asked for, but accelerate started without: it needs GPUs, or a launch by it")
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise UserError("DeepSpeed's stage 3 is not supported: use stage 2, or FSDP2, which shards the weights too")
+        if accelerator.mixed_precision == "fp16":
+            raise UserError("DeepSpeed and fp16 do not go together here: use bf16 or no")
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))

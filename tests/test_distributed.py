@@ -112,8 +112,6 @@ def test_check_world_says_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
     for environment, message in [
         ({"WORLD_SIZE": "2"}, "2 processes"),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "more than one process"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED"),
     ]:
         with pytest.raises(UserError, match=message):
             check_world(accelerator, environment)

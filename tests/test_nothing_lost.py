@@ -121,7 +121,9 @@ def test_a_torn_checkpoint_costs_the_way_from_the_one_before(
 def test_checkpoints_are_bounded_and_come_when_asked(run_train: RunTrain, streets: Path, monkeypatch) -> None:
     saved = []
     save = Checkpoints.save
-    monkeypatch.setattr(Checkpoints, "save", lambda self, step, parts: (saved.append(step), save(self, step, parts)))
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *rest, **more: (saved.append(step), save(self, step, *rest, **more))
+    )
     run = run_train("-d", streets, *TINY_UNET, *SHORT, "--save_every", 2, "--keep", 3)
     assert saved == [2, 4, 6, 8, 9]
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -143,7 +145,9 @@ def test_save_every_is_converted_at_one_door() -> None:
 def test_minutes_go_by_the_clock(run_train: RunTrain, streets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     save = Checkpoints.save
-    monkeypatch.setattr(Checkpoints, "save", lambda self, step, parts: (saved.append(step), save(self, step, parts)))
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *rest, **more: (saved.append(step), save(self, step, *rest, **more))
+    )
     run_train("-d", streets, *TINY_UNET, *SHORT, "--save_every", "0.000001m")
     assert saved == list(range(1, 10))
 
