@@ -36,6 +36,9 @@ MEAN_INSTANCE_SIZE: dict[str, float] = {
 }
 """Mean instance size in pixels over the Cityscapes training set, as the benchmark weights with."""
 
+PIECE = 2**17
+"""Pixels counted at a time on a CPU: what is made of them stays in the cache."""
+
 Scores = Iterator[tuple[str, float | None]]
 """``(name, value)`` pairs; ``None`` where a score does not exist."""
 
@@ -114,20 +117,27 @@ class SegmentationCounts:
 def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
     """``int64[19, 19]`` of two maps of train ids; pixels whose label is void do not count."""
     bins = NUM_CLASSES**2
+    predictions, labels = predictions.flatten(), labels.flatten()
+    if predictions.is_cuda:  # bincount waits for the largest value there; sums of integers are exact in any order
+        pairs = _pairs(predictions, labels).long()
+        counts = torch.zeros(bins + NUM_CLASSES, dtype=torch.int64, device=pairs.device)
+        counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+    else:
+        parts = zip(predictions.split(PIECE), labels.split(PIECE), strict=True)
+        counts = sum(torch.bincount(_pairs(*part), minlength=bins + NUM_CLASSES) for part in parts)
+    return counts[:bins].reshape(NUM_CLASSES, NUM_CLASSES)
+
+
+def _pairs(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Number of row and column of each pixel in one: ``integer[N]`` twice -> ``int16[N]``, 19 * 19 and more for void.
+
+    Void goes into a row of its own: picking the valid pixels would make the host wait for their number.
+    """
     if labels.dtype == torch.uint8:
         rows = labels.clamp(max=NUM_CLASSES)
     else:
         rows = torch.where((labels >= 0) & (labels < NUM_CLASSES), labels, NUM_CLASSES)
-    # Void goes into a row of its own: picking the valid pixels would make the host wait for their number. Two bytes a
-    # pixel are enough: 19 * 19 + 18.
-    pairs = rows.to(torch.int16).mul_(NUM_CLASSES).add_(predictions.to(torch.int16)).flatten()
-    if pairs.is_cuda:  # bincount waits for the largest value there; sums of integers are exact in any order
-        pairs = pairs.long()
-        counts = torch.zeros(bins + NUM_CLASSES, dtype=torch.int64, device=pairs.device)
-        counts.scatter_add_(0, pairs, torch.ones_like(pairs))
-    else:
-        counts = torch.bincount(pairs, minlength=bins + NUM_CLASSES)
-    return counts[:bins].reshape(NUM_CLASSES, NUM_CLASSES)
+    return rows.to(torch.int16).mul_(NUM_CLASSES).add_(predictions)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> list[float | None]:

@@ -124,10 +124,13 @@ def pieces(image: Tensor, size: Size) -> Iterator[PhasePiece | BandPiece]:
     if factors is None:
         yield from band_pieces(image, size)
         return
+    band = lines = None
     for first, count in bands(image):
+        del band  # its memory is there for the next one
         band = padded_band(image, first, count)
         for column in phases(factors[1]):
-            yield from phase_pieces(along_columns(band, column), first, column, factors)
+            lines = along_columns(band, column, lines)  # whoever got the last piece is done with it
+            yield from phase_pieces(lines, first, column, factors)
 
 
 def bands(image: Tensor) -> Iterator[tuple[int, int]]:
@@ -140,16 +143,23 @@ def bands(image: Tensor) -> Iterator[tuple[int, int]]:
 
 def padded_band(image: Tensor, first: int, count: int) -> Tensor:
     """Some rows of ``[C, h, w]`` with a pixel more on each side, the border's own repeated: ``[C, r + 2, w + 2]``."""
-    at_top, at_bottom = first == 0, first + count == image.shape[-2]
-    rows = image[:, first - (not at_top) : first + count + (not at_bottom)]
-    return F.pad(rows[None], (1, 1, int(at_top), int(at_bottom)), mode="replicate")[0]
+    at_top, at_bottom = int(first == 0), int(first + count == image.shape[-2])
+    padded = image.new_empty(len(image), count + 2, image.shape[-1] + 2)
+    inner = padded[:, at_top : count + 2 - at_bottom]
+    inner[..., 1:-1] = image[:, first - 1 + at_top : first + count + 1 - at_bottom]
+    inner[..., 0], inner[..., -1] = inner[..., 1], inner[..., -2]
+    if at_top:
+        padded[:, 0] = padded[:, 1]
+    if at_bottom:
+        padded[:, -1] = padded[:, -2]
+    return padded
 
 
-def along_columns(padded: Tensor, column: Phase) -> Tensor:
-    """Upsamples the rows of a band for one phase: ``[C, r + 2, w + 2]`` -> ``[C, r + 2, w]``."""
+def along_columns(padded: Tensor, column: Phase, into: Tensor | None = None) -> Tensor:
+    """Upsamples the rows of a band for one phase: ``[C, r + 2, w + 2]`` -> ``[C, r + 2, w]``, see ``lerp``."""
     width = padded.shape[-1] - 2
     left, right = (padded[..., column.first + one : column.first + one + width] for one in (0, 1))
-    return left if column.weight == 0 else torch.lerp(left, right, column.weight)
+    return lerp(left, right, column.weight, into)
 
 
 def phase_pieces(lines: Tensor, first: int, column: Phase, factors: Size) -> Iterator[PhasePiece]:
