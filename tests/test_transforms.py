@@ -333,3 +333,13 @@ def test_labels_take_the_nearest_centre(size: tuple[int, int]) -> None:
     rows = ((torch.arange(size[0]) + 0.5) * 4 / size[0]).floor().long()
     columns = ((torch.arange(size[1]) + 0.5) * 6 / size[1]).floor().long()
     assert torch.equal(resize_label(label, size), label[rows][:, columns])
+
+
+def test_labels_are_resized_as_by_torch() -> None:
+    """To the pixel, where rounding decides too, and of views."""
+    for _ in range(50):
+        old, size = ((int(side) for side in torch.randint(1, 300, (2,))) for _ in range(2))
+        label, size = torch.randint(19, (300, 400), dtype=torch.uint8)[7:, 9:][: next(old), : next(old)], tuple(size)
+        assert torch.equal(
+            resize_label(label, size), F.resize(label[None], list(size), v2.InterpolationMode.NEAREST_EXACT)[0]
+        )

@@ -95,7 +95,9 @@ class Augment:
         plan = parameters.tolist()
         if self.name != "none":
             flips = [row[0] > 0 for row in plan]
-            images, labels = _flip(images, flips), _flip(labels, flips)
+            # Packed, as the loader gives them, images are flipped pixel by pixel.
+            images = _flip(images.permute(0, 2, 3, 1), flips).permute(0, 3, 1, 2)
+            labels = _flip(labels, flips)
         if parameters.shape[1] <= 1:
             return normalize(images), labels
         levels = images.to(torch.float32, memory_format=torch.contiguous_format)
@@ -138,9 +140,10 @@ def _draw_distortion() -> list[Step]:
 
 
 def _flip(batch: Tensor, flips: list[bool]) -> Tensor:
+    """Some of ``[B, H, W, ...]``."""
     if not any(flips):
         return batch
-    return torch.stack([row.flip(-1) if flip else row for row, flip in zip(batch, flips, strict=True)])
+    return torch.stack([row.flip(1) if flip else row for row, flip in zip(batch, flips, strict=True)])
 
 
 def _one_by_one(device: torch.device) -> bool:

@@ -62,15 +62,33 @@ class SegmentationDataset(Dataset):
             return {"error": str(error)}
         with seeded(self.seed, epoch, index):
             # uint8[H, W, 3] -> uint8[3, H, W]
-            kept = self.transform(_viewed(image).permute(2, 0, 1), _viewed(label))
-        # What a source gives may be read-only, and on a disk: what is kept of it is copied, and no more.
-        pixel_values, train_ids, *augmentation = (part.clone(memory_format=torch.contiguous_format) for part in kept)
-        sample = {"pixel_values": pixel_values, "labels": train_ids, "key": (self.seed, epoch, index)}
+            given = _viewed(image), _viewed(label)
+            pixels, train_ids, *augmentation = self.transform(given[0].permute(2, 0, 1), given[1])
+        sample = {
+            "pixel_values": _owned(_packed(pixels), given[0]).permute(2, 0, 1),
+            "labels": _owned(train_ids, given[1]),
+            "key": (self.seed, epoch, index),
+        }
         if augmentation:
             sample["augmentation"] = augmentation[0]
         if self.instances:
             sample["instances"] = None if instances is None else torch.from_numpy(instances)
         return sample
+
+
+def _owned(part: Tensor, given: Tensor) -> Tensor:
+    """Without gaps, and a copy if it is a view of what a source gave: that may be read-only, and on a disk."""
+    if part.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+        return part.clone(memory_format=torch.contiguous_format)
+    return part.contiguous()
+
+
+def _packed(pixels: Tensor) -> Tensor:
+    """``[3, H, W]`` -> ``[H, W, 3]``, a view: as images are decoded and stored, the device gets them.
+
+    To sort their bytes by channel would cost a core more than to resize them.
+    """
+    return pixels.permute(1, 2, 0)
 
 
 def _viewed(array: np.ndarray) -> Tensor:
@@ -84,13 +102,15 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks samples.
 
     Returns:
-        ``pixel_values uint8[B, 3, H, W]``, ``labels uint8[B, H', W']`` or a list where sizes differ, ``key``; in
-        training ``augmentation float32[B, K]``; ``instances`` where they were asked for. Or ``error`` alone.
+        ``pixel_values uint8[B, 3, H, W]``, channels last; ``labels uint8[B, H', W']`` or a list where sizes differ;
+        ``key``; in training ``augmentation float32[B, K]``; ``instances`` where they are asked for; or ``error`` alone.
     """
     error = next((sample["error"] for sample in samples if "error" in sample), None)
     if error is not None:
         return {"error": error}
-    batch: dict[str, Any] = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+    batch: dict[str, Any] = {
+        "pixel_values": torch.stack([_packed(sample["pixel_values"]) for sample in samples]).permute(0, 3, 1, 2)
+    }
     train_ids = [sample["labels"] for sample in samples]
     same_size = len({tuple(label.shape) for label in train_ids}) == 1
     batch["labels"] = torch.stack(train_ids) if same_size else train_ids

@@ -12,6 +12,7 @@ import bisect
 import dataclasses
 import hashlib
 import json
+import math
 import shlex
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -208,7 +209,7 @@ class PreparedSource:
             shape = (*(table.column(side).chunk(row)[0].as_py() for side in sides), *channels)
             # The bytes of the row's only value, in the file.
             pixels = table.column(column).chunk(row).buffers()[2]
-            return np.frombuffer(pixels, dtype, count=np.prod(shape)).reshape(shape)
+            return np.frombuffer(pixels, dtype, count=math.prod(shape)).reshape(shape)
         except (ValueError, TypeError, IndexError, AttributeError, pa.ArrowException) as error:
             path = self.folder / self.record.shards[bisect.bisect_right(self.starts, index) - 1].file
             raise UserError(f"{path} is damaged ({one_line(error)}): {self.mend}") from None
