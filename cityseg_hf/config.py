@@ -39,6 +39,28 @@ def parse_duration(text: str) -> tuple[float, str]:
     return number, found[3] or ""
 
 
+LOSSES = ("ce", "focal", "ohem", "dice", "lovasz", "boundary")
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """``ce+0.5*lovasz`` -> how much each of ``LOSSES`` counts.
+
+    Raises:
+        UserError: it is no such sum.
+    """
+    shares = {}
+    for part in text.replace(" ", "").split("+"):
+        found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)\*)?([a-z]+)", part)
+        share = float(found[1] or 1) if found else 0.0
+        _require(
+            share > 0 and found[2] in LOSSES and found[2] not in shares,
+            f"--loss is a sum of {', '.join(LOSSES)}, each once, with a factor or without, such as ce+0.5*lovasz; "
+            f"got {text!r}",
+        )
+        shares[found[2]] = share
+    return shares
+
+
 def _check_size(name: str, size: list[int] | None) -> None:
     _require(
         size is None or (len(size) == 2 and min(size) >= 32),
@@ -86,6 +108,9 @@ class DataConfig:
     scale_range: list[float] | None = _flag(
         None, "lowest and highest scale of 'standard' (default: 0.5 2)", metavar=("LOW", "HIGH"), nargs=2
     )
+    rare_class_crops: float = _flag(
+        0.0, "share of the crops of 'standard' that are laid around a class drawn evenly of those in the image, 0 to 1"
+    )
     holdout_cities: list[str] | None = _flag(
         None, "train cities moved into a selection split of their own, so that val can serve as an honest test"
     )
@@ -102,6 +127,9 @@ class DataConfig:
         _require(
             self.augmentation in known,
             f"unknown --augmentation {self.augmentation!r}; choose from {', '.join(known)}",
+        )
+        _require(
+            0 <= self.rare_class_crops <= 1, f"--rare_class_crops is a share of 0 to 1, got {self.rare_class_crops}"
         )
         scales = self.scale_range or [0.5, 2.0]
         _require(
@@ -209,10 +237,14 @@ class TrainConfig:
         None,
         "judge and save a moving average of the weights that keeps this share of itself at each step, such as 0.999",
     )
-    class_weights: Literal["none", "enet", "enet_sqrt"] = _flag(
+    loss: str = _flag(
+        "ce",
+        "what is trained: a sum of ce (cross-entropy), focal, ohem, dice, lovasz and boundary, such as ce+0.5*lovasz",
+    )
+    class_weights: Literal["none", "enet", "enet_sqrt", "inverse", "median", "effective"] = _flag(
         "none",
-        "weights of the classes in the loss, from their share of the training labels: 1 / ln(1.02 + share), or its "
-        "square root",
+        "weights of the classes in the loss, from the training labels: 1 / ln(1.02 + share), its square root, "
+        "1 / share, median frequency by its own, or 1 / effective number of images",
     )
     val_freq: int = _flag(1, "validate every f epochs", "-f")
     early_stopping_patience: int = _flag(
@@ -239,6 +271,7 @@ class TrainConfig:
             0 <= self.auxiliary_loss_weight < float("inf"),
             f"--auxiliary_loss_weight must be a number that is not negative, got {self.auxiliary_loss_weight}",
         )
+        parse_loss(self.loss)
         _require(self.early_stopping_patience >= 0, "--early_stopping_patience must not be negative (0: never stop)")
         _require(0 <= self.seed < 2**32, f"--seed must lie in 0..{2**32 - 1}, got {self.seed}")
 

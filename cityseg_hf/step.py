@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cityseg_hf.checkpoint import Stateful
-from cityseg_hf.config import Config
+from cityseg_hf.config import Config, parse_loss
 from cityseg_hf.data.augment import Augment
 from cityseg_hf.data.loading import random_seed
 from cityseg_hf.engines import make_engine
@@ -55,7 +55,11 @@ class TrainStep:
         if decay is not None:
             self.averaged = average_weights(self.network, decay).to(accelerator.device)
         criterion = Criterion(
-            self.network, config.train.auxiliary_loss_weight, self.class_weights, compiled=config.train.compile
+            self.network,
+            config.train.auxiliary_loss_weight,
+            self.class_weights,
+            shares=parse_loss(config.train.loss),
+            compiled=config.train.compile,
         )
         self.engine = make_engine(accelerator, self.network, criterion, config.optim)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.engine.optimizer, rate_factor(config.optim, plan))

@@ -73,7 +73,7 @@ class Trainer:
             logging_steps=config.run.logging_steps,
         )
         kind, scores = config.train.class_weights, self.reporter.train_scores
-        weights = None if kind == "none" else class_weights(sources["train"].count_pixels(), kind)
+        weights = None if kind == "none" else class_weights(sources["train"].count_classes(), kind)
         self.step = TrainStep(config, accelerator, model, self.plan, transform.augment, weights, scores)
         self.progress = ckpt.Progress()
         # All state that a run goes on from is registered here, once.

@@ -16,7 +16,7 @@ ORDER = (
     ("recipes", "models", "cityscapes_scores", "upsampled"),
     ("optim", "cli"),
     ("data",),
-    ("losses", "runs", "launch"),
+    ("image_losses", "losses", "runs", "launch"),
     ("inference", "checkpoint"),
     ("evaluation", "hub", "tracking", "memory"),
     ("reporting", "engines"),

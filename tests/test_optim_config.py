@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from cityseg_hf.cli import parse_train_args, train_parser
 from cityseg_hf.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cityseg_hf.errors import UserError
 from cityseg_hf.labels import IGNORE
-from cityseg_hf.losses import class_weights, count_valid, cross_entropy_sum, label_mass
+from cityseg_hf.losses import count_valid, cross_entropy_sum, label_mass
 from cityseg_hf.optim import Plan, make_optimizer, parameter_groups, rate_factor
 from cityseg_hf.recipes import RECIPES
 
@@ -535,6 +534,7 @@ def test_a_grid_of_576_runs_has_576_folders() -> None:
 
 OTHER_VALUES: dict[str, Any] = {
     "class_weights": "enet",
+    "loss": "dice",
     "momentum": 0.5,
     "scale_range": [0.75, 1.5],
     "ema_decay": 0.9,
@@ -626,16 +626,6 @@ def test_a_global_batch_is_shared_by_the_processes() -> None:
     assert [train.for_processes(n).batch_size for n in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(UserError, match="global batch of 8 cannot be shared by 3 processes"):
         train.for_processes(3)
-
-
-# --- class weights
-
-
-def test_class_weights_are_those_of_enet() -> None:
-    """1 / ln(1.02 + share), worked by hand for shares 0.98, 0.02 and 0."""
-    weights = class_weights(torch.tensor([98, 2, 0]))
-    torch.testing.assert_close(weights, torch.tensor([1 / math.log(2.0), 1 / math.log(1.04), 1 / math.log(1.02)]))
-    torch.testing.assert_close(class_weights(torch.tensor([98, 2, 0]), "enet_sqrt").square(), weights)
 
 
 def test_weighted_loss_is_torchs_weighted_mean() -> None:

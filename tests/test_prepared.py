@@ -94,7 +94,7 @@ def assert_same_splits(folder: Path, root: Path, size: tuple[int, int]) -> None:
         elif source.has_labels():
             assert_same_batches(judged(source, size), judged(files[split], size))
         if source.has_labels():
-            assert torch.equal(source.count_pixels(), files[split].count_pixels())
+            assert torch.equal(source.count_classes(), files[split].count_classes())
 
 
 # --- the same samples

@@ -34,7 +34,7 @@ class TrainTransform:
         self.geometry: RandomScaleCrop | None = None
         if config.augmentation == "standard":
             crop_size, scales = tuple(config.crop_size or image_size), tuple(config.scale_range or (0.5, 2.0))
-            self.geometry = RandomScaleCrop(image_size, crop_size, scales)
+            self.geometry = RandomScaleCrop(image_size, crop_size, scales, rare_class_crops=config.rare_class_crops)
 
     def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``uint8[3, H, W], uint8[H, W]`` -> ``uint8[3, h, w], uint8[h, w]``, parameters ``float32[K]``.

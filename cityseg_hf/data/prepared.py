@@ -34,7 +34,7 @@ from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.labels import NUM_CLASSES
 
 MANIFEST = "prepared.json"
-VERSION = 1
+VERSION = 2
 
 FEATURES = datasets.Features(
     {
@@ -58,8 +58,8 @@ class Shard:
     crc32: int
     fingerprint: str
     """Of the files it was made from, the size, and the format: equal ones hold equal rows."""
-    pixels: list[int]
-    """How many pixels of each class its labels had at their own resolution."""
+    classes: list[list[int]]
+    """What its labels held at their own resolution, ``[3, 19]``: see ``sources.class_counts``."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ class PreparedSource:
             return None
         return self._view(index, "instances", np.uint16, ("label_height", "label_width")).astype(np.int32)
 
-    def count_pixels(self) -> Tensor:
+    def count_classes(self) -> Tensor:
         """From the manifest: the labels were counted when they were decoded."""
-        return torch.tensor([shard.pixels for shard in self.record.shards]).reshape(-1, NUM_CLASSES).sum(0)
+        return torch.tensor([shard.classes for shard in self.record.shards]).reshape(-1, 3, NUM_CLASSES).sum(0)
 
     def has_labels(self) -> bool:
         return self.record.has_labels

@@ -19,6 +19,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from cityseg_hf.data.cityscapes import instance_path, read_instances, read_pair
 from cityseg_hf.data.prepared import FEATURES, Shard, crc32_of
+from cityseg_hf.data.sources import class_counts
 from cityseg_hf.data.transforms import resize_image, resize_label
 from cityseg_hf.errors import UserError, one_line
 from cityseg_hf.labels import NUM_CLASSES
@@ -117,7 +118,7 @@ def write_shard(job: Job, stop: Callable[[], bool] = lambda: False) -> Shard:
         Stop: ``stop`` said so.
     """
     beside = job.path.with_name(f".{job.path.name}.part")
-    pixels = np.zeros(NUM_CLASSES, np.int64)
+    classes = np.zeros((3, NUM_CLASSES), np.int64)
     try:
         with beside.open("wb") as stream:
             # Every row is a batch, and so in one piece.
@@ -129,7 +130,7 @@ def write_shard(job: Job, stop: Callable[[], bool] = lambda: False) -> Shard:
                     record, counts = read_record(row, job.size, job.train)
                     columns = {name: [value] for name, value in record.items()}
                     writer.write_table(pa.table(columns, schema=FEATURES.arrow_schema))
-                    pixels += counts
+                    classes += counts
                 writer.finalize(close_stream=False)
             stream.flush()
             os.fsync(stream.fileno())
@@ -140,20 +141,20 @@ def write_shard(job: Job, stop: Callable[[], bool] = lambda: False) -> Shard:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-    return Shard(job.path.name, len(job.rows), length, checksum, job.fingerprint, pixels.tolist())
+    return Shard(job.path.name, len(job.rows), length, checksum, job.fingerprint, classes.tolist())
 
 
 def read_record(row: Row, size: tuple[int, int] | None, train: bool) -> tuple[dict[str, Any], np.ndarray]:
     """Decodes an image into a row of ``FEATURES``.
 
     Returns:
-        The row, and the pixels of each class in the label at its own resolution: ``int64[19]``.
+        The row, and what the label holds at its own resolution: ``int64[3, 19]``, see ``class_counts``.
 
     Raises:
         UserError: a file cannot be read.
     """
     image, label = read_pair(row.image, row.label)
-    counts = np.bincount(label.ravel(), minlength=256)[:NUM_CLASSES]
+    counts = class_counts(label)
     instances = None
     if not train and (path := instance_path(row.label)) is not None:
         instances = read_instances(path, label.shape).astype(np.uint16)

@@ -28,8 +28,8 @@ class Source(Protocol):
         """``int32[H', W']``, the instance ids of a label of that size; ``None`` where there are none."""
         ...
 
-    def count_pixels(self) -> Tensor:
-        """``int64[19]``: how many pixels of each class the labels hold, at their own resolution."""
+    def count_classes(self) -> Tensor:
+        """``int64[3, 19]``: the sum of ``class_counts`` over the labels, at their own resolution."""
         ...
 
     def has_labels(self) -> bool:
@@ -39,6 +39,16 @@ class Source(Protocol):
     def image_size(self) -> tuple[int, int]:
         """Height and width of the first image."""
         ...
+
+
+def class_counts(label: np.ndarray) -> np.ndarray:
+    """What a label holds: ``uint8[H, W]`` of train ids -> ``int64[3, 19]``.
+
+    The rows: how many pixels each class has; 1 where that is not 0; and there, how many pixels of any class.
+    """
+    pixels = np.bincount(label.ravel(), minlength=256)[: labels.NUM_CLASSES]
+    has = (pixels > 0).astype(np.int64)
+    return np.stack([pixels, has, has * pixels.sum()])
 
 
 class FileSource:
@@ -65,11 +75,10 @@ class FileSource:
         path = instance_path(self.label_paths[index])
         return None if path is None else read_instances(path, size)
 
-    def count_pixels(self) -> Tensor:
+    def count_classes(self) -> Tensor:
         """Reads every label once."""
         with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock alone
-            counts = pool.map(lambda path: np.bincount(read_label(path).ravel(), minlength=256), self.label_paths)
-            return torch.from_numpy(sum(counts)[: labels.NUM_CLASSES])
+            return torch.from_numpy(sum(pool.map(lambda path: class_counts(read_label(path)), self.label_paths)))
 
     def has_labels(self) -> bool:
         """Reads up to eight labels."""

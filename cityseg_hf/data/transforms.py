@@ -17,6 +17,9 @@ from cityseg_hf.labels import IGNORE
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+GRID = 8
+"""Pixels between those that are looked at for which classes an image has, and where."""
+
 COUNTED_ROWS = 64
 """At least so many rows of a crop are looked at for what it shows, or all of them."""
 
@@ -82,6 +85,8 @@ class RandomScaleCrop:
         scales: range of the scale, drawn evenly.
         max_class_share: a crop is drawn again, ten times at most, while one class has more than this share of its
             pixels (void apart; of a high crop, of those in every second, third, ... row).
+        rare_class_crops: share of the crops that are laid around a pixel of a class drawn evenly of those in the
+            image, whatever fills them: a class that has few pixels is seen as often as the road.
     """
 
     def __init__(
@@ -90,9 +95,10 @@ class RandomScaleCrop:
         crop_size: Size,
         scales: tuple[float, float] = (0.5, 2.0),
         max_class_share: float = 0.75,
+        rare_class_crops: float = 0.0,
     ) -> None:
         self.image_size, self.crop_size = image_size, crop_size
-        self.scales, self.max_class_share = scales, max_class_share
+        self.scales, self.max_class_share, self.rare_class_crops = scales, max_class_share, rare_class_crops
 
     def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """``uint8[3, H, W], uint8[H, W]`` -> the same of ``crop_size``. Draws the scale, then top and left of each try.
@@ -103,7 +109,8 @@ class RandomScaleCrop:
         scale = torch.empty(1).uniform_(*self.scales).item()
         axes = [_window(side, crop, scale) for side, crop in zip(self.image_size, self.crop_size, strict=True)]
         (height, width), size = (tuple(numbers) for numbers in zip(*axes, strict=True))
-        top, left = self._choose(label, (height, width))
+        rare = self.rare_class_crops > 0 and torch.rand(()).item() < self.rare_class_crops
+        top, left = self._around_a_class(label, (height, width)) if rare else self._choose(label, (height, width))
         label = resize_label(label[top : top + height, left : left + width], size)
         # Packed as [H, W, 3]: torch has a fast kernel for that.
         region = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous().permute(2, 0, 1)
@@ -122,6 +129,20 @@ class RandomScaleCrop:
             # A crop that is all void has no class that could fill it: draw again.
             if 0 < int(counts.max()) <= self.max_class_share * int(counts.sum()) or positions == [1, 1]:
                 break
+        return top, left
+
+    def _around_a_class(self, label: Tensor, window: Size) -> Size:
+        """The top and left of a window with a pixel of a class drawn evenly, somewhere in it."""
+        grid = label[::GRID, ::GRID]  # [H / 8, W / 8]
+        classes = torch.bincount(grid.flatten(), minlength=256)[:IGNORE].nonzero()[:, 0]
+        if not len(classes):
+            return self._choose(label, window)
+        places = (grid == classes[torch.randint(len(classes), ())]).nonzero()
+        place = (places[torch.randint(len(places), ())] * GRID).tolist()
+        starts = (centre - int(torch.randint(taken, ())) for centre, taken in zip(place, window, strict=True))
+        top, left = (
+            min(max(0, start), side - taken) for start, side, taken in zip(starts, label.shape, window, strict=True)
+        )
         return top, left
 
 
