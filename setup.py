@@ -35,6 +35,7 @@ setup(
         "test": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
             "ruff>=0.8",
             "cityscapesscripts>=2.2",
             "tensorboard>=2.18",

@@ -31,8 +31,9 @@ def two_processes(*argv: object, cwd: Path, cpu: bool = True) -> subprocess.Comp
     return launch(*launcher, "--main_process_port", 0, TRAIN, *argv, cwd=cwd, cpu=cpu)
 
 
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def losses(run: Path, splits: tuple[str, ...] = ("train", "val", "test")) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["split"] in splits]
 
 
 @pytest.mark.parametrize(
@@ -220,6 +221,32 @@ def test_a_process_that_dies_ends_the_others(streets: Path, tmp_path: Path) -> N
     alone = launch(*flags(streets, tmp_path, "-b", 4, "--run_name", "alone"), cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr[-2000:]
     np.testing.assert_allclose(losses(run), losses(tmp_path / "runs/alone"), atol=1e-3)
+
+
+ONE, TWO = ((), ("-b", 4)), (TORCHRUN, ("-b", 2))
+"""A launcher, and what it needs for global batches of four."""
+
+
+@pytest.mark.parametrize(("before", "after"), [(ONE, TWO), (TWO, ONE)], ids=["1 to 2", "2 to 1"])
+def test_a_run_goes_on_with_other_processes(
+    before: tuple, after: tuple, streets: Path, tmp_path: Path, run_train
+) -> None:
+    """Cut after its first steps, it ends as one process does that was never cut."""
+    common = ("-e", 24, "-f", 12)
+    alone = run_train("-d", streets, *TINY_UNET, *LONG, *common, "-b", 4, name="alone")
+    process = begin([*before[0], *flags(streets, tmp_path, *common, *before[1])], tmp_path)
+    os.kill(trainings(tmp_path / "runs")[-1], signal.SIGTERM)
+    stderr = process.communicate(timeout=60)[1]
+    wait_for(lambda: not trainings(tmp_path / "runs"))
+    run = tmp_path / "runs/run"
+    assert saved(run), stderr[-2000:]
+    assert not (run / "results.json").exists()
+    done = launch(*after[0], *flags(streets, tmp_path, *common, *after[1]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "going on from step" in done.stdout
+    # Which of two equal mIoUs is the best may differ, and with it what is tested: the curves are what counts.
+    for split in ("train", "val"):
+        np.testing.assert_allclose(losses(run, (split,)), losses(alone, (split,)), atol=1e-5)
 
 
 @pytest.mark.slow

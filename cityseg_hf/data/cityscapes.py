@@ -274,7 +274,9 @@ def read_image(path: str) -> np.ndarray:
     Raises:
         UserError: the file is missing, broken, or no colour image.
     """
-    return np.asarray(_decode(path, ("RGB", "RGBA", "L", "P"), "an image").convert("RGB"))
+    image = _decode(path, ("RGB", "RGBA", "L", "P"), "an image")
+    image.info.pop("transparency", None)  # not asked for, and where it is damaged Pillow stumbles over it
+    return np.asarray(image.convert("RGB"))
 
 
 def read_label(path: str) -> np.ndarray:
