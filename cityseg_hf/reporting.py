@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cityseg_hf.errors import LocalFault
 from cityseg_hf.labels import NUM_CLASSES
 from cityseg_hf.metrics import class_scores, confusion_matrix
 from cityseg_hf.optim import Plan
@@ -78,6 +79,19 @@ class Skipped:
         """In a row and in all; the host waits for the device."""
         in_a_row, in_all = self.counts.tolist()
         return in_a_row, in_all
+
+    def check(self, limit: int, images: list[str]) -> None:
+        """Stops a run that has gone astray; ``images`` are the files of the last step.
+
+        Raises:
+            LocalFault: ``limit`` steps in a row were skipped.
+        """
+        in_a_row = self.read()[0]
+        if in_a_row >= limit:
+            raise LocalFault(
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last one with "
+                f"{', '.join(images)}: lower --learning_rate or set --max_grad_norm"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self.counts.tolist()}

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cityseg_hf.config import Config
-from cityseg_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from cityseg_hf.data.loading import SegmentationDataset
+from cityseg_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from cityseg_hf.errors import UserError, one_line
+from cityseg_hf.inference import predict
 from cityseg_hf.labels import PALETTE
 
 logger = logging.getLogger(__name__)
@@ -79,15 +82,18 @@ class Tracking:
         self.accelerator.log(values, step=step)
 
     @_never_fatal
-    def log_panel(self, pixel_values: Tensor, labels: Tensor, predictions: Tensor, step: int) -> None:
-        """Sends image, label and prediction side by side.
+    def log_panel(self, model: PreTrainedModel, dataset: SegmentationDataset, step: int) -> None:
+        """Sends the first image of a split, its label and what the network makes of it, side by side.
 
         Args:
-            pixel_values: ``float[3, h, w]``, normalised.
-            labels, predictions: ``integer[H, W]``, train ids.
+            model: in evaluation mode.
+            dataset: images of the split, with labels.
             step: the optimiser step.
         """
-        panel = make_panel(pixel_values, labels, predictions)
+        sample = dataset[(0, 0)]
+        pixel_values, labels = normalize(sample["pixel_values"].to(self.accelerator.device)), sample["labels"]
+        predictions = predict(model, pixel_values[None], tuple(labels.shape))
+        panel = make_panel(pixel_values, labels, predictions[0])
         tracker = self.accelerator.get_tracker(self.kind)
         if hasattr(tracker, "log_images"):
             # TensorBoard takes [N, H, W, C] with dataformats, wandb takes a list of [H, W, C].

@@ -17,10 +17,10 @@ from cityseg_hf.data.augment import TrainTransform
 from cityseg_hf.data.cityscapes import IMAGE_SUFFIX
 from cityseg_hf.data.loading import SegmentationDataset, TrainBatches, make_loader, on_device, raise_errors
 from cityseg_hf.data.sources import Source, selection_split, test_split
-from cityseg_hf.data.transforms import EvalTransform, normalize
-from cityseg_hf.errors import LocalFault, ProcessLost, Stopped
+from cityseg_hf.data.transforms import EvalTransform
+from cityseg_hf.errors import ProcessLost, Stopped
 from cityseg_hf.evaluation import evaluate, evaluation_loader
-from cityseg_hf.inference import load_model_folder, predict
+from cityseg_hf.inference import load_model_folder
 from cityseg_hf.launch import StopSignals, agreed, lost_process
 from cityseg_hf.losses import class_weights
 from cityseg_hf.memory import out_of_memory
@@ -155,7 +155,8 @@ class Trainer:
                 self.reporter.after_step(step, loss, rate, self.step.skipped, bar)
                 if self.plan.validates_at(step):
                     self._validate()
-                self._check_skipped(accumulated)
+                if self._host_may_wait:
+                    self.step.skipped.check(self.config.run.max_skipped_steps, self._names(accumulated))
                 late = time.monotonic() - saved_at > (self.plan.save_seconds or float("inf"))
                 stop, late = self._agreed(signals.received is not None, late)
                 if self.plan.saves_at(step) or self.progress.stopped_early or late or stop:
@@ -165,6 +166,10 @@ class Trainer:
                     self.checkpoints.wait()
                     why = signals.received or "a signal to another process"
                     raise Stopped(f"{why} at step {step}; run the same command again to go on")
+
+    def _names(self, batches: list[dict[str, Any]]) -> list[str]:
+        names = self.train_set.source.names
+        return [names[index] + IMAGE_SUFFIX for batch in batches for _, _, index in batch["key"]]
 
     @property
     def _host_may_wait(self) -> bool:
@@ -176,16 +181,6 @@ class Trainer:
             return [False] * len(wishes)
         return agreed(self.accelerator, *wishes)
 
-    def _check_skipped(self, batches: list[dict[str, Any]]) -> None:
-        """Stops a run that has gone astray; ``batches`` are those of the last step."""
-        limit = self.config.run.max_skipped_steps
-        if self._host_may_wait and (in_a_row := self.step.skipped.read()[0]) >= limit:
-            names = [self.train_set.source.names[index] for batch in batches for _, _, index in batch["key"]]
-            raise LocalFault(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last one with "
-                f"{', '.join(name + IMAGE_SUFFIX for name in names)}: lower --learning_rate or set --max_grad_norm"
-            )
-
     def _validate(self) -> None:
         split, step = selection_split(self.sources), self.progress.step
         judged = self.step.judged()
@@ -193,7 +188,7 @@ class Trainer:
         scores = dict(evaluate(judged, loader, title=split))
         better = self.progress.note_validation(scores["miou"], scores.get("loss", float("nan")))
         self.reporter.after_validation(step, split, scores, better)
-        self._send_panel(judged, loader)
+        self.tracking.log_panel(judged, loader.dataset, step)
         for name in (*better, "last"):
             self._save_model(name, judged)
         patience = self.config.train.early_stopping_patience
@@ -209,13 +204,6 @@ class Trainer:
         return evaluation_loader(
             dataset, batch_size=self.config.train.batch_size, num_workers=self.config.run.num_workers
         )
-
-    def _send_panel(self, judged: PreTrainedModel, loader: DataLoader) -> None:
-        if self.tracking.alive:
-            sample = loader.dataset[(0, 0)]
-            pixel_values = normalize(sample["pixel_values"].to(self.accelerator.device))
-            predictions = predict(judged, pixel_values[None], tuple(sample["labels"].shape))
-            self.tracking.log_panel(pixel_values, sample["labels"], predictions[0], self.progress.step)
 
     def _save_model(self, name: str, judged: PreTrainedModel) -> None:
         if self.accelerator.is_main_process:
