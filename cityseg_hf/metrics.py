@@ -140,7 +140,8 @@ def _pairs(predictions: Tensor, labels: Tensor) -> Tensor:
     return rows.to(torch.int16).mul_(NUM_CLASSES).add_(predictions)
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> list[float | None]:
+def ratio(numerator: Tensor, denominator: Tensor) -> list[float | None]:
+    """The quotients of two vectors; ``None`` where there is nothing to divide by."""
     pairs = zip(numerator.tolist(), denominator.tolist(), strict=True)
     return [top / bottom if bottom else None for top, bottom in pairs]
 
@@ -151,7 +152,8 @@ def mean(values: list[float | None]) -> float | None:
     return sum(existing) / len(existing) if existing else None
 
 
-def _named(name: str, parts: tuple[str, ...], values: list[float | None], each: str | None = None) -> Scores:
+def named(name: str, parts: tuple[str, ...], values: list[float | None], each: str | None = None) -> Scores:
+    """The mean of some values under a name, then each of them under ``<name or each>/<part>``."""
     yield name, mean(values)
     for part, value in zip(parts, values, strict=True):
         yield f"{each or name}/{part}", value
@@ -162,11 +164,11 @@ def class_scores(confusion: Tensor) -> Scores:
     confusion = confusion.double()
     right, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     union = labelled + predicted - right
-    yield from _named("miou", CLASS_NAMES, _ratio(right, union), each="iou")
-    yield from _named("dice", CLASS_NAMES, _ratio(2 * right, labelled + predicted))
+    yield from named("miou", CLASS_NAMES, ratio(right, union), each="iou")
+    yield from named("dice", CLASS_NAMES, ratio(2 * right, labelled + predicted))
     # A class that was only predicted has no recall: left out, as in the field.
-    yield from _named("mean_accuracy", CLASS_NAMES, _ratio(right, labelled), each="accuracy")
-    yield "pixel_accuracy", _ratio(right.sum()[None], confusion.sum()[None])[0]
+    yield from named("mean_accuracy", CLASS_NAMES, ratio(right, labelled), each="accuracy")
+    yield "pixel_accuracy", ratio(right.sum()[None], confusion.sum()[None])[0]
 
 
 def _category_scores(confusion: Tensor) -> Scores:
@@ -174,7 +176,7 @@ def _category_scores(confusion: Tensor) -> Scores:
     member = torch.nn.functional.one_hot(torch.from_numpy(TRAIN_ID_TO_CATEGORY)).double()  # [19, 7]
     grouped = member.T @ confusion @ member
     right = grouped.diag()
-    yield from _named("category_iou", CATEGORY_NAMES, _ratio(right, grouped.sum(1) + grouped.sum(0) - right))
+    yield from named("category_iou", CATEGORY_NAMES, ratio(right, grouped.sum(1) + grouped.sum(0) - right))
 
 
 def _instance_scores(confusion: Tensor, instances: Tensor) -> Scores:
@@ -183,12 +185,12 @@ def _instance_scores(confusion: Tensor, instances: Tensor) -> Scores:
     chosen = list(INSTANCE_CLASSES)
     right, missed = instances[chosen, 0], instances[chosen, 1]
     names = tuple(CLASS_NAMES[train_id] for train_id in chosen)
-    yield from _named("iiou", names, _ratio(right, right + missed + wrong[chosen]))
+    yield from named("iiou", names, ratio(right, right + missed + wrong[chosen]))
     category = torch.from_numpy(TRAIN_ID_TO_CATEGORY)
     ious: list[float | None] = []
     for name in INSTANCE_CATEGORIES:
         inside = category == CATEGORY_NAMES.index(name)
         right, missed = instances[inside, 2].sum(), instances[inside, 3].sum()
         wrong_here = confusion[~inside][:, inside].sum()
-        ious += _ratio(right[None], (right + missed + wrong_here)[None])
-    yield from _named("category_iiou", INSTANCE_CATEGORIES, ious)
+        ious += ratio(right[None], (right + missed + wrong_here)[None])
+    yield from named("category_iiou", INSTANCE_CATEGORIES, ious)

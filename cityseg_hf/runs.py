@@ -79,6 +79,11 @@ class RunFolder:
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
 
+    def write_evaluation(self, records: dict[str, Any]) -> None:
+        """Writes ``evaluation.json``: what the final test counted, for each of the saved models."""
+        if self.is_main:
+            write_json(self.path / "evaluation.json", records)
+
     def write_results(self, results: dict[str, Any]) -> None:
         """Writes ``results.json``, which also says that the run is finished."""
         if self.is_main:

@@ -19,7 +19,7 @@ from cityseg_hf.data.loading import SegmentationDataset, TrainBatches, make_load
 from cityseg_hf.data.sources import Source, selection_split, test_split
 from cityseg_hf.data.transforms import EvalTransform
 from cityseg_hf.errors import ProcessLost, Stopped
-from cityseg_hf.evaluation import evaluate, evaluation_loader
+from cityseg_hf.evaluation import evaluate, evaluation_loader, judge
 from cityseg_hf.inference import load_model_folder
 from cityseg_hf.launch import StopSignals, agreed, lost_process
 from cityseg_hf.losses import class_weights
@@ -220,7 +220,7 @@ class Trainer:
 
     def _test(self, signals: StopSignals) -> dict[str, Any]:
         """Tests each of the three saved models, reloaded as a user would."""
-        tested = {}
+        tested, records = {}, {}
         for name in ("best_miou", "best_loss", "last"):
             if agreed(self.accelerator, signals.received is not None)[0]:
                 raise Stopped(
@@ -228,7 +228,10 @@ class Trainer:
                 )
             model, _ = load_model_folder(self.run.path / name)
             model.to(self.accelerator.device)
-            tested[name] = dict(evaluate(model, self._evaluation_loader(self.test_split), title=f"test {name}"))
+            judged = judge(model, self._evaluation_loader(self.test_split), title=f"test {name}")
+            tested[name] = dict(judged.scores())
+            records[name] = {"split": self.test_split, **judged.record()}
+        self.run.write_evaluation(records)
         for name, scores in tested.items():
             self.reporter.after_test(self.progress.step, self.test_split, name, scores)
         return {

@@ -86,20 +86,24 @@ def argmax(logits: Tensor, size: Size) -> Tensor:
 
 
 @torch.no_grad()
-def argmax_and_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def argmax_and_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, confidence: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``argmax`` and ``cross_entropy_sum`` at the resolution of the labels, in one pass and without gradients.
 
     Args:
         logits: ``float[B, C, h, w]``.
         labels: ``uint8`` or ``long[B, H, W]``.
         weights: ``float32[C]``, of the loss.
+        confidence: ``float32[B, H, W]``, to be filled with the probability of the best class, 0..1.
 
     Returns:
         ``uint8[B, H, W]`` and a ``float32`` scalar.
     """
     out = torch.empty_like(labels, dtype=torch.uint8)
     total, scores = _exact(logits.new_zeros(())), None
-    for image, label, best in zip(logits.unbind(), labels, out, strict=True):
+    sure = [None] * len(labels) if confidence is None else confidence
+    for image, label, best, how_sure in zip(logits.unbind(), labels, out, sure, strict=True):
         image = _exact(image).contiguous()
         for piece in pieces(image, tuple(label.shape)):
             scores, mine = piece.scores(scores), piece.of(label)
@@ -107,7 +111,10 @@ def argmax_and_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = Non
             piece.of(best).copy_(found)
             scores -= most
             picked = scores.gather(0, _target(mine, len(scores))[None])[0]
-            total += ((scores.exp_().sum(0).log_() - picked) * _weight_of(mine, weights, image.dtype)).sum()
+            mass = scores.exp_().sum(0)
+            if how_sure is not None:
+                piece.of(how_sure).copy_(mass.reciprocal())
+            total += ((mass.log_() - picked) * _weight_of(mine, weights, image.dtype)).sum()
     return out, total
 
 

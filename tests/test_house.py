@@ -12,13 +12,14 @@ PACKAGE = REPO / "cityseg_hf"
 # From left to right: nothing imports from a room to its right.
 ORDER = (
     ("errors", "labels"),
-    ("config", "metrics", "pieces"),
-    ("recipes", "models", "cityscapes_scores", "upsampled"),
+    ("config", "metrics", "pieces", "boundaries"),
+    ("recipes", "models", "cityscapes_scores", "upsampled", "detailed_counts"),
     ("optim", "cli"),
     ("data",),
     ("image_losses", "losses", "runs", "launch"),
     ("inference", "checkpoint"),
     ("evaluation", "hub", "tracking", "memory"),
+    ("intervals",),
     ("reporting", "engines"),
     ("step",),
     ("training", "benchmark", "chaos"),
