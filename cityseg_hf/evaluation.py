@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from cityseg_hf.data.loading import EvalBatches, SegmentationDataset, make_loader, raise_errors, to_device
 from cityseg_hf.data.transforms import normalize
+from cityseg_hf.inference import native_logits
 from cityseg_hf.losses import count_valid
 from cityseg_hf.metrics import Scores, SegmentationCounts
 from cityseg_hf.upsampled import argmax_and_loss
+from cityseg_hf.views import PLAIN, Views
 
 
 def evaluation_loader(dataset: SegmentationDataset, *, batch_size: int, num_workers: int) -> DataLoader:
@@ -23,7 +25,7 @@ def evaluation_loader(dataset: SegmentationDataset, *, batch_size: int, num_work
     return make_loader(dataset, batches, num_workers=num_workers, pin_memory=state.device.type == "cuda")
 
 
-def evaluate(model: PreTrainedModel, loader: DataLoader, *, title: str = "evaluate") -> Scores:
+def evaluate(model: PreTrainedModel, loader: DataLoader, *, title: str = "evaluate", views: Views = PLAIN) -> Scores:
     """Yields the scores of a network over a split, summed over all processes.
 
     The network runs in its own precision, without autocast, so that a reloaded model gets the scores its run got. Each
@@ -33,13 +35,14 @@ def evaluate(model: PreTrainedModel, loader: DataLoader, *, title: str = "evalua
         model: on its device; left in evaluation mode.
         loader: from ``evaluation_loader``.
         title: what the progress bar says.
+        views: which views of an image are averaged.
     """
-    counts = count(model, loader, title=title)
+    counts = count(model, loader, title=title, views=views)
     yield from counts.scores()
 
 
 @torch.no_grad()
-def count(model: PreTrainedModel, loader: DataLoader, *, title: str) -> SegmentationCounts:
+def count(model: PreTrainedModel, loader: DataLoader, *, title: str, views: Views = PLAIN) -> SegmentationCounts:
     """The summed counts behind ``evaluate``."""
     state = PartialState()
     model.eval()
@@ -47,7 +50,7 @@ def count(model: PreTrainedModel, loader: DataLoader, *, title: str) -> Segmenta
     counts = SegmentationCounts(device)
     with tqdm(total=len(loader), desc=title, disable=not state.is_main_process, leave=False) as bar:
         for batch in raise_errors(loader):
-            _count_batch(model, to_device(batch, device), counts)
+            _count_batch(model, to_device(batch, device), counts, views)
             bar.update()
     if state.num_processes > 1:
         for mine in counts.tensors():
@@ -55,11 +58,12 @@ def count(model: PreTrainedModel, loader: DataLoader, *, title: str) -> Segmenta
     return counts
 
 
-def _count_batch(model: PreTrainedModel, batch: dict[str, Any], counts: SegmentationCounts) -> None:
-    logits = model(pixel_values=normalize(batch["pixel_values"])).logits  # [B, 19, h, w]
-    maps = batch.get("instances", [None] * len(logits))
-    for row, labels, instances in zip(logits, batch["labels"], maps, strict=True):
-        predictions, loss = argmax_and_loss(row[None], labels[None])  # uint8[1, H, W]
+def _count_batch(model: PreTrainedModel, batch: dict[str, Any], counts: SegmentationCounts, views: Views) -> None:
+    sizes = [tuple(labels.shape) for labels in batch["labels"]]
+    rows = native_logits(model, normalize(batch["pixel_values"]), sizes, views)
+    maps = batch.get("instances", [None] * len(sizes))
+    for logits, labels, instances in zip(rows, batch["labels"], maps, strict=True):
+        predictions, loss = argmax_and_loss(logits, labels[None])  # uint8[1, H, W]
         counts.loss[0] += loss
         counts.loss[1] += count_valid(labels)
         counts.update(predictions[0], labels, instances)

@@ -329,6 +329,15 @@ SCRIPTS = [
     Case("evaluate: no model", "evaluate", "the following arguments are required: --model"),
     Case("evaluate: --split", f"{EVALUATE} --split all", "--split: invalid choice: 'all'"),
     Case("evaluate: --batch_size", f"{EVALUATE} --batch_size 0", "--batch_size 0"),
+    Case("evaluate: --window", f"{EVALUATE} --window 16", "--window takes a height and a width of at least 32, got 16"),
+    Case(
+        "evaluate: --window of three", f"{EVALUATE} --window 64 64 64", "--window takes one number, or a height and a"
+    ),
+    Case("evaluate: --stride alone", f"{EVALUATE} --stride 48", "--stride says how far .*: give --window too"),
+    Case("evaluate: --stride", f"{EVALUATE} --window 64 --stride 65", "at most --window 64 64, got 65 65"),
+    Case("evaluate: --scales", f"{EVALUATE} --scales 1 nan", "--scales must be numbers above 0, got 1.0 nan"),
+    Case("evaluate: --tta", f"{EVALUATE} --tta all", "--tta: invalid choice: 'all'"),
+    Case("evaluate: --dtype", f"{EVALUATE} --dtype int8", "--dtype: invalid choice: 'int8'"),
     Case("evaluate: --output nowhere", f"{EVALUATE} --output /no/where.json", "--output .*: there is no folder /no"),
     Case("evaluate: --output folder", f"{EVALUATE} --output {{tmp}}", "--output .* is a folder: name a file in it"),
     Case("predict: no image", PREDICT.replace("image.png", "no.png"), "--input .*no.png: there is no such file or"),

@@ -13,7 +13,7 @@ PACKAGE = REPO / "cityseg_hf"
 ORDER = (
     ("errors", "labels"),
     ("config", "metrics", "pieces"),
-    ("recipes", "models", "cityscapes_scores", "upsampled"),
+    ("recipes", "models", "cityscapes_scores", "upsampled", "views"),
     ("optim", "cli"),
     ("data",),
     ("image_losses", "losses", "runs", "launch"),
