@@ -41,9 +41,9 @@ T = TypeVar("T")
 
 
 class Job(NamedTuple):
-    """A file to segment, and what its results are called: a path without a suffix."""
+    """A file to segment (a path, or what ``data.files`` takes), and what its results are called, without a suffix."""
 
-    path: Path
+    path: Path | str
     stem: Path
 
 
@@ -212,7 +212,7 @@ def predict_images(
     *,
     threads: int,
     title: str = "predict",
-    read: Callable[[Path], np.ndarray] = read_photograph,
+    read: Callable[[Any], np.ndarray] = read_photograph,
 ) -> list[str]:
     """Segments images and writes pictures of them.
 
@@ -245,7 +245,7 @@ def predict_images(
     return broken
 
 
-def _read(predictor: Predictor, job: Job, read: Callable[[Path], np.ndarray]) -> Reading:
+def _read(predictor: Predictor, job: Job, read: Callable[[Any], np.ndarray]) -> Reading:
     try:
         return predictor.prepare(job.path, read(job.path))._replace(place=job)
     except UserError as error:

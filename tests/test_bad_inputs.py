@@ -29,6 +29,7 @@ UNET = "--model unet_small --model_args norm=group hidden_sizes=[8,16] --num_wor
 TRAIN = f"train {UNET} -d {{streets}}"
 EVALUATE = "evaluate --model {model} -d {streets} --num_workers 0"
 PREDICT = "predict --model {model} --input {tmp}/image.png --output {tmp}/predicted"
+SUBMIT = "submit --model {model} -d {streets} --output {tmp}/results.zip"
 PREPARE = "prepare_data -d {streets} --num_workers 0 --output"
 
 Breaks = Callable[["World"], object]
@@ -350,6 +351,18 @@ SCRIPTS = [
     Case("predict: --batch_size", f"{PREDICT} --batch_size 0", "--batch_size must be at least 1, got 0"),
     Case("predict: --num_workers", f"{PREDICT} --num_workers -1", "--num_workers must not be negative, got -1"),
     Case("predict: glob", PREDICT.replace("image.png", "*.gif"), "--input .*gif: no images in it"),
+    Case("submit: nothing", "submit -d {streets}", "give --model FOLDER and --output ZIP, or --check ZIP"),
+    Case("submit: both", f"{SUBMIT} --check a.zip", "--check only looks at an archive: leave --model and --output out"),
+    Case("submit: --split", f"{SUBMIT} --split train", "--split: invalid choice: 'train'"),
+    Case("submit: --output nowhere", f"{SUBMIT} --output /no/a.zip", "--output /no/a.zip: there is no folder /no"),
+    Case("submit: --output there", f"{SUBMIT} --output {{broken}}", "is there already: --check it, or", as_file),
+    Case("submit: --scales", f"{SUBMIT} --scales 0", "--scales must be numbers above 0, got 0.0"),
+    Case("submit: --num_workers", f"{SUBMIT} --num_workers -1", "--num_workers must not be negative, got -1"),
+    Case("submit: no such data", f"{SUBMIT} -d /no/where", "no folder /no/where"),
+    Case("submit: no such archive", "submit --check no.zip", "--check no.zip: there is no such file"),
+    Case(
+        "submit: no archive", "submit --check {broken}", "has 1 fault, listed above, first: .*no readable zip", as_file
+    ),
     Case("make_synthetic: size", "make_synthetic --output s --size 8 8", "size must be a height and a width of at"),
     Case("make_synthetic: count", "make_synthetic --output s --train -1", "train must not be negative, got -1"),
     Case("make_synthetic: file", "make_synthetic --output {broken}", "--output .*file: Not a directory", as_file),

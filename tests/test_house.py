@@ -19,7 +19,7 @@ ORDER = (
     ("image_losses", "losses", "runs", "launch"),
     ("inference", "checkpoint"),
     ("evaluation", "prediction", "hub", "tracking", "memory"),
-    ("reporting", "engines"),
+    ("reporting", "engines", "submission"),
     ("step",),
     ("training", "benchmark", "chaos"),
 )

@@ -242,6 +242,19 @@ def test_inputs_keep_their_names(tmp_path: Path) -> None:
         stems("in/*.gif")
 
 
+def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    Image.fromarray(street(np.random.default_rng(4), 40, 48)).save(tmp_path / "a.png")
+    monkeypatch.setattr("cityseg_hf.prediction.native_logits", full)
+    words = ("--model", folder, "--input", tmp_path / "a.png", "--output", tmp_path / "out")
+    with pytest.raises(UserError, match="out of memory with 1 images of 32x48: lower --batch_size"):
+        call(*words)
+    with pytest.raises(UserError, match="slide a smaller --window"):
+        call(*words, "-b", 1)
+
+
 def test_images_of_one_size_go_together() -> None:
     sizes = [(32, 32), (32, 48), (32, 32), (64, 64), (32, 48), (32, 32), (40, 40), (41, 41), (42, 42), (43, 43)]
     readings = [Reading(index, pixels=torch.zeros(3, *size)) for index, size in enumerate(sizes)]
