@@ -242,6 +242,25 @@ def test_inputs_keep_their_names(tmp_path: Path) -> None:
         stems("in/*.gif")
 
 
+def test_models_that_take_images_as_they_are(folder: Path, tmp_path: Path) -> None:
+    """Without a size of the network's own, images of one size go together, and very small ones nowhere."""
+    model, processor = load_model_folder(folder)
+    processor.do_resize = False
+    save_model_folder(tmp_path / "model", model, processor)
+    source = tmp_path / "in"
+    source.mkdir()
+    sizes = {"a": (40, 56), "b": (64, 32), "c": (40, 56), "d": (20, 90)}
+    for name, size in sizes.items():
+        Image.fromarray(street(np.random.default_rng(5), *size)).save(source / f"{name}.png")
+    words = ("--model", tmp_path / "model", "--input", source, "--output", tmp_path / "out", "--write", "labelIds")
+    with pytest.raises(UserError, match=r"1 of 4 files .* first: .*d\.png is 20x90, a network needs 32x32 at least"):
+        call(*words)
+    for name, size in list(sizes.items())[:3]:
+        found = ids_of(tmp_path / "out" / f"{name}_labelIds.png")
+        expected = TRAIN_ID_TO_ID[segment(model, processor, read_photograph(source / f"{name}.png"))]
+        assert found.shape == size and (found == expected).mean() > 0.999
+
+
 def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
