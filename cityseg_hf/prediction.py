@@ -186,7 +186,7 @@ class Pictures:
             image: ``uint8[H, W, 3]``.
             prediction: of the same size.
         """
-        stem.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(stem.parent)
         for kind, path in zip(self.kinds, self.paths(stem), strict=True):
             with written_beside(path) as beside:
                 # Of a photograph the next level of effort takes four times as long for a fifth of the size.
@@ -245,6 +245,13 @@ def predict_images(
     return broken
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
 def _read(predictor: Predictor, job: Job, read: Callable[[Any], np.ndarray]) -> Reading:
     try:
         return predictor.prepare(job.path, read(job.path))._replace(place=job)
@@ -283,7 +290,7 @@ def predict_video(
         UserError: it cannot be read to its end, or PyAV is missing.
     """
     target, colors = video_file(job.stem), Pictures(("overlay",), opacity)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     # It comes last, and says that the frames are whole too.
     target.unlink(missing_ok=True)
     with Video(job.path) as video, written_beside(target) as beside, VideoWriter(beside, video) as writer:
@@ -328,9 +335,12 @@ def check_record(folder: Path, settings: dict[str, Any], *, overwrite: bool = Fa
         folder.mkdir(parents=True, exist_ok=True)
         before = settings if overwrite or not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
         if before != settings:
-            other = [name for name in settings if not isinstance(before, dict) or before.get(name) != settings[name]]
+            if not isinstance(before, dict):
+                raise ValueError(f"no settings: {before}")
+            names = sorted({*before, *settings})
+            other = ", ".join(name for name in names if before.get(name) != settings.get(name))
             raise UserError(
-                f"{folder} holds predictions with other {', '.join(other)}: choose another folder, or --overwrite them"
+                f"{folder} holds predictions with other {other}: choose another folder, or --overwrite them"
             )
         write_json(file, settings)
     except ValueError:

@@ -197,9 +197,19 @@ def test_a_stopped_call_goes_on(folder: Path, tmp_path: Path) -> None:
         call(*words, "--tta", "flip")
     call(*words, "--tta", "flip", "--overwrite")
     assert all(path.stat().st_mtime_ns for path in output.glob("*.png"))
-    (output / "predictions.json").write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
-        call(*words)
+    for damage in ("{", "[3]"):
+        (output / "predictions.json").write_text(damage)
+        with pytest.raises(UserError, match="is damaged"):
+            call(*words)
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sub").touch()
+    Image.fromarray(street(np.random.default_rng(6), 40, 48)).save(tmp_path / "in" / "sub" / "a.png")
+    with pytest.raises(UserError, match=r"cannot make the folder .*out/sub: File exists"):
+        call("--model", folder, "--input", tmp_path / "in", "--output", tmp_path / "out")
 
 
 def test_pictures_are_what_the_network_says(folder: Path, tmp_path: Path) -> None:

@@ -55,12 +55,10 @@ def find_inputs(words: Sequence[str], output: Path, own_endings: tuple[str, ...]
             raise UserError(f"--input: {twin} and {path} have the same name: give the folder that holds both")
     inputs = [Input(path, name) for path, name in names.values()]
     # Photographs of one name in two formats must not overwrite each other.
-    stems = Counter((item.is_video, item.stem.with_suffix("")) for item in inputs)
-    return [
-        item if stems[item.is_video, short] > 1 else item._replace(stem=short)
-        for item in inputs
-        for short in [item.stem.with_suffix("")]
-    ]
+    shorter = [item._replace(stem=item.stem.with_suffix("")) for item in inputs]
+    taken = Counter((item.is_video, item.stem) for item in shorter)
+    pairs = zip(inputs, shorter, strict=True)
+    return [item if taken[short.is_video, short.stem] > 1 else short for item, short in pairs]
 
 
 def _is_own(path: Path, output: Path, endings: tuple[str, ...]) -> bool:
