@@ -1,6 +1,8 @@
 """Many images and videos: every mode and size, what is broken among them, and going on after a stop."""
 
 import os
+import struct
+import sys
 import threading
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,6 +17,7 @@ from PIL import Image
 from cityseg_hf import UserError, build_model
 from cityseg_hf.checkpoint import image_processor, save_model_folder
 from cityseg_hf.data.photographs import find_inputs, read_photograph
+from cityseg_hf.data.videos import Video
 from cityseg_hf.inference import load_model_folder, segment
 from cityseg_hf.labels import PALETTE, TRAIN_ID_TO_ID
 from cityseg_hf.prediction import ENDINGS, Pictures, Predictor, Reading, ahead, same_size_batches
@@ -322,8 +325,25 @@ def test_a_broken_video_costs_only_itself(folder: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*bad*")) and not list((tmp_path / "out").glob(".*"))
 
 
+def test_videos_are_turned_as_the_camera_says(tmp_path: Path) -> None:
+    """A telephone held upright writes lying frames and a matrix, (x, y) -> (height - y, x), a quarter clockwise."""
+    pytest.importorskip("av")
+    frame = np.zeros((64, 96, 3), np.uint8)
+    frame[:24, :32] = 255
+    write_video(tmp_path / "a.mp4", [frame] * 2, Fraction(10))
+    content = (tmp_path / "a.mp4").read_bytes()
+    one = 1 << 16  # of numbers with 16 bits behind the point; the last column has 30
+    plain = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, one, 0, -one, 0, 0, 64 * one, 0, 1 << 30)
+    track = content.index(b"tkhd")
+    (tmp_path / "a.mp4").write_bytes(content[:track] + content[track:].replace(plain, turned, 1))
+    with Video(tmp_path / "a.mp4") as video:
+        for found in video:
+            np.testing.assert_array_equal(found.image, np.rot90(frame, -1))
+
+
 def test_videos_without_pyav_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").touch()
     with pytest.raises(UserError, match=r"videos need PyAV: pip install 'cityseg_hf\[video\]'"):
         call("--model", folder, "--input", tmp_path / "a.mp4", "--output", tmp_path / "out")
