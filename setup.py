@@ -40,7 +40,10 @@ setup(
             "cityscapesscripts>=2.2",
             "tensorboard>=2.18",
             "trackio>=0.5",
+            "av>=15.0",
         ],
+        # Videos for scripts/predict.py.
+        "video": ["av>=15.0"],
         # The peers of scripts/benchmark.py; albumentations is what transformers' example augments with.
         "bench": [
             "segmentation-models-pytorch>=0.5",

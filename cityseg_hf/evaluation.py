@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from cityseg_hf.data.loading import EvalBatches, SegmentationDataset, make_loader, raise_errors, to_device
 from cityseg_hf.data.transforms import normalize
 from cityseg_hf.detailed_counts import DetailedCounts
+from cityseg_hf.inference import native_logits
 from cityseg_hf.losses import count_valid
 from cityseg_hf.metrics import Scores
 from cityseg_hf.upsampled import argmax_and_loss
+from cityseg_hf.views import PLAIN, Views
 
 
 def evaluation_loader(dataset: SegmentationDataset, *, batch_size: int, num_workers: int) -> DataLoader:
@@ -58,13 +60,13 @@ class Judgement:
         return {"confusion": self.total.confusion.tolist(), "images": images}
 
 
-def evaluate(model: PreTrainedModel, loader: DataLoader, *, title: str = "evaluate") -> Scores:
+def evaluate(model: PreTrainedModel, loader: DataLoader, *, title: str = "evaluate", views: Views = PLAIN) -> Scores:
     """Yields the scores of ``judge``."""
-    yield from judge(model, loader, title=title).scores()
+    yield from judge(model, loader, title=title, views=views).scores()
 
 
 @torch.no_grad()
-def judge(model: PreTrainedModel, loader: DataLoader, *, title: str = "evaluate") -> Judgement:
+def judge(model: PreTrainedModel, loader: DataLoader, *, title: str = "evaluate", views: Views = PLAIN) -> Judgement:
     """Counts what a network says of a split, over all processes.
 
     The network runs in its own precision, without autocast, so that a reloaded model gets the scores its run got. Each
@@ -74,6 +76,7 @@ def judge(model: PreTrainedModel, loader: DataLoader, *, title: str = "evaluate"
         model: on its device; left in evaluation mode.
         loader: from ``evaluation_loader``.
         title: what the progress bar says.
+        views: which views of an image are averaged.
     """
     state = PartialState()
     model.eval()
@@ -82,7 +85,7 @@ def judge(model: PreTrainedModel, loader: DataLoader, *, title: str = "evaluate"
     with tqdm(total=len(loader), desc=title, disable=not state.is_main_process, leave=False) as bar:
         for batch in raise_errors(loader):
             indices = [index for _, _, index in batch["key"]]
-            rows += zip(indices, _count_batch(model, to_device(batch, device), device), strict=True)
+            rows += zip(indices, _count_batch(model, to_device(batch, device), views), strict=True)
             bar.update()
     table = [(index, row.cpu().double().numpy()) for index, row in rows]
     if state.num_processes > 1:
@@ -92,14 +95,16 @@ def judge(model: PreTrainedModel, loader: DataLoader, *, title: str = "evaluate"
     return Judgement([names[index] for index, _ in table], np.stack([row for _, row in table]))
 
 
-def _count_batch(model: PreTrainedModel, batch: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
+def _count_batch(model: PreTrainedModel, batch: dict[str, Any], views: Views) -> Iterator[Tensor]:
     """The counts of each image of a batch, ``float64[D]`` on the device: the host need not wait for them."""
-    logits = model(pixel_values=normalize(batch["pixel_values"])).logits  # [B, 19, h, w]
-    maps = batch.get("instances", [None] * len(logits))
-    for row, labels, instances in zip(logits, batch["labels"], maps, strict=True):
-        counts = DetailedCounts(device)
-        confidence = torch.empty(1, *labels.shape, device=device)
-        predictions, loss = argmax_and_loss(row[None], labels[None], confidence=confidence)  # uint8[1, H, W]
-        counts.loss += torch.stack([loss, count_valid(labels).to(loss.dtype)])
+    sizes = [tuple(labels.shape) for labels in batch["labels"]]
+    rows = native_logits(model, normalize(batch["pixel_values"]), sizes, views)
+    maps = batch.get("instances", [None] * len(sizes))
+    for logits, labels, instances in zip(rows, batch["labels"], maps, strict=True):
+        counts = DetailedCounts(labels.device)
+        confidence = torch.empty(1, *labels.shape, device=labels.device)
+        predictions, loss = argmax_and_loss(logits, labels[None], confidence=confidence)  # uint8[1, H, W]
+        counts.loss[0] += loss
+        counts.loss[1] += count_valid(labels)
         counts.update(predictions[0], labels, instances, confidence[0])
         yield counts.vector()

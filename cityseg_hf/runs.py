@@ -6,7 +6,8 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a reader, or a crash, meets the old file or the new one."""
+    """Writes a text file whole or not at all."""
+    with written_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A place to write to, renamed to ``path`` when the block ends well and removed when it does not.
+
+    A reader, or a crash, meets the old file or the new one.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def describe_run(config: Config, accelerator: Accelerator, sources: Mapping[str, Source]) -> dict[str, Any]:

@@ -118,6 +118,48 @@ def argmax_and_loss(
     return out, total
 
 
+@torch.no_grad()
+def argmax_and_confidence(logits: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """``argmax``, and the probability of that class (the softmax's), in one pass.
+
+    Args:
+        logits: ``float[B, C, h, w]``, C of at most 255.
+        size: height and width wanted.
+
+    Returns:
+        ``uint8[B, *size]`` and ``float32[B, *size]``, 0..1.
+    """
+    out = torch.empty(len(logits), *size, dtype=torch.uint8, device=logits.device)
+    confidence = torch.empty(out.shape, dtype=torch.float32, device=logits.device)
+    scores = None
+    for image, best, sure in zip(logits.unbind(), out, confidence, strict=True):
+        for piece in pieces(_exact(image).contiguous(), size):
+            scores = piece.scores(scores)
+            found, most = _first_best(scores)
+            piece.of(best).copy_(found)
+            scores -= most
+            piece.of(sure).copy_(scores.exp_().sum(0).reciprocal_())
+    return out, confidence
+
+
+@torch.no_grad()
+def add_softmax(logits: Tensor, total: Tensor, share: float) -> None:
+    """Adds ``share`` times the softmax of upsampled logits to a sum, without holding them at its size.
+
+    Args:
+        logits: ``float[C, h, w]``.
+        total: ``float32[C, H, W]``: is written to.
+        share: a factor.
+    """
+    scores = None
+    for piece in pieces(_exact(logits).contiguous(), tuple(total.shape[-2:])):
+        scores = piece.scores(scores)
+        scores -= scores.amax(0)
+        scores /= scores.exp_().sum(0)
+        # Pieces know pixels of [H, W]: the classes go last for a moment, [C, H, W] -> [r, w, C] -> [C, r, w].
+        piece.of(total.permute(1, 2, 0)).permute(2, 0, 1).add_(scores, alpha=share)
+
+
 def _exact(logits: Tensor) -> Tensor:
     """In float32, or in the float64 of a check."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,6 +1,7 @@
 """Judges a model folder on a split, as the benchmark does.
 
 python scripts/evaluate.py --model saved_models/RUN/best_miou -d cityscapes_data --split val --output results.json
+python scripts/evaluate.py --model saved_models/RUN/best_miou --window 1024 --stride 768 --tta ms_flip
 """
 
 import argparse
@@ -20,6 +21,7 @@ from cityseg_hf.evaluation import evaluate, evaluation_loader
 from cityseg_hf.inference import load_model_folder, processor_size
 from cityseg_hf.labels import CLASS_NAMES
 from cityseg_hf.runs import write_json
+from cityseg_hf.views import DTYPES, add_inference_flags, views_of
 
 
 def parser() -> Parser:
@@ -32,8 +34,9 @@ def parser() -> Parser:
     flags.add_argument("--split", default="val", choices=["train", "val", "test", "holdout"], help="what is judged")
     flags.add_argument("--holdout_cities", nargs="+", help="the train cities that make the split 'holdout'")
     flags.add_argument("--output", help="JSON file for the scores")
-    flags.add_argument("--batch_size", "-b", type=int, default=4, help="images at a time")
+    flags.add_argument("--batch_size", "-b", type=int, default=4, help="images or windows at a time")
     flags.add_argument("--num_workers", type=int, default=2, help="processes that load data")
+    add_inference_flags(flags)
     return flags
 
 
@@ -81,6 +84,7 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.batch_size < 1 or args.num_workers < 0:
         raise UserError(f"--batch_size {args.batch_size} and --num_workers {args.num_workers}: at least 1 and 0")
+    views = views_of(args)
     check_output_file(args.output)
     transformers_logging.disable_progress_bar()
     state = PartialState()
@@ -94,7 +98,8 @@ def main(argv: list[str]) -> None:
     # Images that keep their own sizes cannot be stacked.
     batch_size = 1 if size is None else args.batch_size
     loader = evaluation_loader(dataset, batch_size=batch_size, num_workers=args.num_workers)
-    scores = dict(evaluate(model.to(state.device), loader, title=args.split))
+    model.to(state.device, DTYPES[args.dtype])
+    scores = dict(evaluate(model, loader, title=args.split, views=views))
     if state.is_main_process:
         print_table(scores)
         if args.output:

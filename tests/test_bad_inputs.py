@@ -29,6 +29,7 @@ UNET = "--model unet_small --model_args norm=group hidden_sizes=[8,16] --num_wor
 TRAIN = f"train {UNET} -d {{streets}}"
 EVALUATE = "evaluate --model {model} -d {streets} --num_workers 0"
 PREDICT = "predict --model {model} --input {tmp}/image.png --output {tmp}/predicted"
+SUBMIT = "submit --model {model} -d {streets} --output {tmp}/results.zip"
 PREPARE = "prepare_data -d {streets} --num_workers 0 --output"
 
 Breaks = Callable[["World"], object]
@@ -329,13 +330,39 @@ SCRIPTS = [
     Case("evaluate: no model", "evaluate", "the following arguments are required: --model"),
     Case("evaluate: --split", f"{EVALUATE} --split all", "--split: invalid choice: 'all'"),
     Case("evaluate: --batch_size", f"{EVALUATE} --batch_size 0", "--batch_size 0"),
+    Case("evaluate: --window", f"{EVALUATE} --window 16", "--window takes a height and a width of at least 32, got 16"),
+    Case(
+        "evaluate: --window of three", f"{EVALUATE} --window 64 64 64", "--window takes one number, or a height and a"
+    ),
+    Case("evaluate: --stride alone", f"{EVALUATE} --stride 48", "--stride says how far .*: give --window too"),
+    Case("evaluate: --stride", f"{EVALUATE} --window 64 --stride 65", "at most --window 64 64, got 65 65"),
+    Case("evaluate: --scales", f"{EVALUATE} --scales 1 nan", "--scales must be numbers above 0, got 1.0 nan"),
+    Case("evaluate: --tta", f"{EVALUATE} --tta all", "--tta: invalid choice: 'all'"),
+    Case("evaluate: --dtype", f"{EVALUATE} --dtype int8", "--dtype: invalid choice: 'int8'"),
     Case("evaluate: --output nowhere", f"{EVALUATE} --output /no/where.json", "--output .*: there is no folder /no"),
     Case("evaluate: --output folder", f"{EVALUATE} --output {{tmp}}", "--output .* is a folder: name a file in it"),
     Case("predict: no image", PREDICT.replace("image.png", "no.png"), "--input .*no.png: there is no such file or"),
     Case("predict: empty", "predict --model {model} --input {broken} --output o", "no images in it", as_folder),
-    Case("predict: no image file", "predict --model {model} --input {broken} --output o", "1 of 1 images", as_file),
+    Case("predict: no image file", "predict --model {model} --input {broken} --output o", "1 of 1 files", as_file),
     Case("predict: into a file", "predict --model {model} --input {tmp} --output {broken}", "File exists", as_file),
     Case("predict: --opacity", f"{PREDICT} --opacity 2", "--opacity must lie between 0 and 1, got 2.0"),
+    Case("predict: --write", f"{PREDICT} --write masks", "--write: invalid choice: 'masks'"),
+    Case("predict: --window", f"{PREDICT} --window 8", "--window takes a height and a width of at least 32, got 8 8"),
+    Case("predict: --batch_size", f"{PREDICT} --batch_size 0", "--batch_size must be at least 1, got 0"),
+    Case("predict: --num_workers", f"{PREDICT} --num_workers -1", "--num_workers must not be negative, got -1"),
+    Case("predict: glob", PREDICT.replace("image.png", "*.gif"), "--input .*gif: no images in it"),
+    Case("submit: nothing", "submit -d {streets}", "give --model FOLDER and --output ZIP, or --check ZIP"),
+    Case("submit: both", f"{SUBMIT} --check a.zip", "--check only looks at an archive: leave --model and --output out"),
+    Case("submit: --split", f"{SUBMIT} --split train", "--split: invalid choice: 'train'"),
+    Case("submit: --output nowhere", f"{SUBMIT} --output /no/a.zip", "--output /no/a.zip: there is no folder /no"),
+    Case("submit: --output there", f"{SUBMIT} --output {{broken}}", "is there already: --check it, or", as_file),
+    Case("submit: --scales", f"{SUBMIT} --scales 0", "--scales must be numbers above 0, got 0.0"),
+    Case("submit: --num_workers", f"{SUBMIT} --num_workers -1", "--num_workers must not be negative, got -1"),
+    Case("submit: no such data", f"{SUBMIT} -d /no/where", "no folder /no/where"),
+    Case("submit: no such archive", "submit --check no.zip", "--check no.zip: there is no such file"),
+    Case(
+        "submit: no archive", "submit --check {broken}", "has 1 fault, listed above, first: .*no readable zip", as_file
+    ),
     Case("make_synthetic: size", "make_synthetic --output s --size 8 8", "size must be a height and a width of at"),
     Case("make_synthetic: count", "make_synthetic --output s --train -1", "train must not be negative, got -1"),
     Case("make_synthetic: file", "make_synthetic --output {broken}", "--output .*file: Not a directory", as_file),

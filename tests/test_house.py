@@ -13,14 +13,13 @@ PACKAGE = REPO / "cityseg_hf"
 ORDER = (
     ("errors", "labels"),
     ("config", "metrics", "pieces", "boundaries"),
-    ("recipes", "models", "cityscapes_scores", "upsampled", "detailed_counts"),
+    ("recipes", "models", "cityscapes_scores", "upsampled", "views", "detailed_counts"),
     ("optim", "cli"),
     ("data",),
     ("image_losses", "losses", "runs", "launch"),
     ("inference", "checkpoint"),
-    ("evaluation", "hub", "tracking", "memory"),
-    ("intervals",),
-    ("reporting", "engines"),
+    ("evaluation", "prediction", "hub", "tracking", "memory"),
+    ("intervals", "reporting", "engines", "submission"),
     ("step",),
     ("training", "benchmark", "chaos"),
 )

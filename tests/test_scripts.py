@@ -122,7 +122,7 @@ def test_predict_writes_three_pictures_of_the_images_size(model_folder: Path, tm
     Image.fromarray(pixels).save(source / "a.png")
     Image.fromarray(pixels[:50, :, 0]).save(source / "sub" / "grey.jpg")
     (source / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(UserError, match=r"1 of 3 images could not be read, first: .*broken.png"):
+    with pytest.raises(UserError, match=r"1 of 3 files could not be segmented, first: .*broken.png"):
         load_script("predict").main(
             ["--model", str(model_folder), "--input", str(source), "--output", str(tmp_path / "out")]
         )
