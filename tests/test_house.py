@@ -18,7 +18,7 @@ ORDER = (
     ("data",),
     ("image_losses", "losses", "runs", "launch"),
     ("inference", "checkpoint"),
-    ("evaluation", "hub", "tracking", "memory"),
+    ("evaluation", "hub", "tracking", "memory", "cost"),
     ("reporting", "engines"),
     ("step",),
     ("training", "benchmark", "chaos"),
