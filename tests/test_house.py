@@ -21,7 +21,7 @@ ORDER = (
     ("evaluation", "hub", "tracking", "memory", "cost"),
     ("reporting", "engines"),
     ("step",),
-    ("training", "benchmark", "chaos"),
+    ("training", "benchmark", "chaos", "report"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 
