@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["cityseg_hf", "cityseg_hf.*"]),
-    package_data={"cityseg_hf": ["py.typed"]},
+    package_data={"cityseg_hf": ["py.typed"], "cityseg_hf.report": ["page.*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -40,7 +40,12 @@ setup(
             "cityscapesscripts>=2.2",
             "tensorboard>=2.18",
             "trackio>=0.5",
+            # The report, opened in a Chromium of the system.
+            "plotly>=6.0",
+            "jinja2>=3.1",
+            "playwright>=1.50",
         ],
+        "report": ["plotly>=6.0", "jinja2>=3.1"],
         # The peers of scripts/benchmark.py; albumentations is what transformers' example augments with.
         "bench": [
             "segmentation-models-pytorch>=0.5",
