@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["cityseg_hf", "cityseg_hf.*"]),
-    package_data={"cityseg_hf": ["py.typed"]},
+    package_data={"cityseg_hf": ["py.typed"], "cityseg_hf.report": ["page.*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -41,9 +41,14 @@ setup(
             "tensorboard>=2.18",
             "trackio>=0.5",
             "av>=15.0",
+            # The report, opened in a Chromium of the system.
+            "plotly>=6.0",
+            "jinja2>=3.1",
+            "playwright>=1.50",
         ],
         # Videos for scripts/predict.py.
         "video": ["av>=15.0"],
+        "report": ["plotly>=6.0", "jinja2>=3.1"],
         # The peers of scripts/benchmark.py; albumentations is what transformers' example augments with.
         "bench": [
             "segmentation-models-pytorch>=0.5",

@@ -42,6 +42,10 @@ class Progress:
     validations_without_gain: int = 0
     stopped_early: bool = False
     tracker_run_id: str | None = None
+    train_seconds: float = 0.0
+    validation_seconds: float = 0.0
+    peak_memory: int = 0
+    """Bytes. These three are the cost so far (``cost.Stopwatch``): runs that are the same may differ in them."""
 
     def state_dict(self) -> dict[str, Any]:
         """All fields."""

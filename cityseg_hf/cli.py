@@ -134,6 +134,25 @@ def _words(settings: Mapping[str, Any], parser: Parser, where: str) -> list[str]
     return words
 
 
+def train_command(arguments: Mapping[str, Any]) -> list[str]:
+    """The words that repeat a training, whatever its recipe and files say today.
+
+    Args:
+        arguments: every setting by the name of its flag, as ``run.json`` holds them.
+
+    Returns:
+        Flags and values for ``scripts/train.py``, of every setting that is not the flag's default.
+    """
+    defaults = {action.dest: action.default for action in train_parser()._actions}
+    words: list[str] = []
+    for name, value in arguments.items():
+        if value is None or value == defaults.get(name):
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}"] if value is True else [f"--{name}", *map(str, values)]
+    return words
+
+
 def check_output_file(path: str | None) -> None:
     """Raises UserError now for an ``--output`` that could not be written after long work."""
     if path is None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from cityseg_hf import checkpoint as ckpt
 from cityseg_hf.config import Config
+from cityseg_hf.cost import Stopwatch, write_cost
 from cityseg_hf.data.augment import TrainTransform
 from cityseg_hf.data.cityscapes import IMAGE_SUFFIX
 from cityseg_hf.data.loading import SegmentationDataset, TrainBatches, make_loader, on_device, raise_errors
@@ -111,6 +112,8 @@ class Trainer:
             raise
         finally:
             self.checkpoints.wait()
+        if self.accelerator.is_main_process:
+            write_cost(self.run.path, self.progress, self.reporter.global_batch, self.accelerator.device)
         self.run.write_results(results)
         self.tracking.finish()
         return results
@@ -144,7 +147,7 @@ class Trainer:
         loader = make_loader(self.train_set, batches, num_workers=workers, pin_memory=device.type == "cuda")
         stream = on_device(raise_errors(loader), device)
         self.step.train()
-        saved_at = time.monotonic()
+        saved_at, watch = time.monotonic(), Stopwatch(self.progress, device)
         with self.reporter.bar(self.progress.step) as bar:
             while self.progress.step < self.plan.total_steps and not self.progress.stopped_early:
                 rate = self.step.rate
@@ -154,12 +157,15 @@ class Trainer:
                 step = self.progress.step
                 self.reporter.after_step(step, loss, rate, self.step.skipped, bar)
                 if self.plan.validates_at(step):
+                    watch.lap("train_seconds")
                     self._validate()
+                    watch.lap("validation_seconds")
                 if self._host_may_wait:
                     self.step.skipped.check(self.config.run.max_skipped_steps, self._names(accumulated))
                 late = time.monotonic() - saved_at > (self.plan.save_seconds or float("inf"))
                 stop, late = self._agreed(signals.received is not None, late)
                 if self.plan.saves_at(step) or self.progress.stopped_early or late or stop:
+                    watch.lap("train_seconds")
                     self._save()
                     saved_at = time.monotonic()
                 if stop:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,16 @@ from types import ModuleType
 # for more than one thread.
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from cityseg_hf import make_synthetic
+from cityseg_hf.data.cityscapes import find_rows
 from cityseg_hf.launch import STOP_SIGNALS
+from cityseg_hf.report.reading import MODEL_FOLDERS
 
 REPO = Path(__file__).parent.parent
 
@@ -88,3 +92,57 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert ours.keys() == theirs.keys()
         for weight in ours:
             assert torch.equal(ours[weight], theirs[weight]), f"{name} {weight}"
+
+
+def confusion() -> list[list[int]]:
+    """Counts of 19 classes; the last one has no label."""
+    counts = np.random.default_rng(0).integers(0, 50, (19, 19)) + 300 * np.eye(19, dtype=int)
+    counts[18] = 0
+    return counts.tolist()
+
+
+def rewrite(file: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """What changes a JSON file of a run folder."""
+
+    def apply(run: Path) -> None:
+        content = json.loads((run / file).read_text())
+        change(content)
+        (run / file).write_text(json.dumps(content))
+
+    return apply
+
+
+def as_if(run: Path, score: float, **settings: object) -> None:
+    """Turns a copy of a run into one of other settings and another mIoU."""
+
+    def setting(content: dict) -> None:
+        for part in ("settings", "arguments"):
+            content[part].update(settings)
+
+    rewrite("run.json", setting)(run)
+    rewrite("results.json", lambda content: [model.update({"test/miou": score}) for model in content.values()])(run)
+
+
+@pytest.fixture(scope="session")
+def trained(streets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run, with the scores of single images that a final test tells."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    folder = tmp_path_factory.mktemp("trained")
+    argv = ["-d", streets, *TINY_UNET, "-e", 2, "-b", 4, "--logging_steps", 1, "-s", folder, "--run_name", "unet_seed0"]
+    assert load_script("train").main([str(word) for word in argv]) == 0
+    run = folder / "unet_seed0"
+    images = {row.name: {"miou": 0.1 * number} for number, row in enumerate(find_rows(streets)["test"], start=1)}
+    part = {"split": "test", "confusion": confusion(), "images": images}
+    (run / "evaluation.json").write_text(json.dumps(dict.fromkeys(MODEL_FOLDERS, part)))
+    return run
+
+
+@pytest.fixture
+def runs(trained: Path, tmp_path: Path) -> Path:
+    """Two configurations of three and of one run: the better one is that of the higher learning rate."""
+    folder = tmp_path / "saved_models"
+    for seed, score in enumerate((0.5, 0.6, 0.7)):
+        as_if(Path(shutil.copytree(trained, folder / f"unet_seed{seed}")), score, seed=seed, learning_rate=0.01)
+    as_if(Path(shutil.copytree(trained, folder / "lower")), 0.4, learning_rate=0.0001)
+    return folder

@@ -30,6 +30,7 @@ TRAIN = f"train {UNET} -d {{streets}}"
 EVALUATE = "evaluate --model {model} -d {streets} --num_workers 0"
 PREDICT = "predict --model {model} --input {tmp}/image.png --output {tmp}/predicted"
 SUBMIT = "submit --model {model} -d {streets} --output {tmp}/results.zip"
+REPORT = "report {run}"
 PREPARE = "prepare_data -d {streets} --num_workers 0 --output"
 
 Breaks = Callable[["World"], object]
@@ -163,6 +164,12 @@ def run(name: str, change: Callable[[Path], object], line: str, words: str = "")
         return folder
 
     return Case(f"run: {name}", f"{TRAIN} -s {{tmp}} --run_name broken_run {words}", line, breaks)
+
+
+def cut_run(world: World) -> Path:
+    folder = world.copy("run")
+    (folder / "results.json").unlink()
+    return folder
 
 
 def as_file(world: World) -> Path:
@@ -370,6 +377,23 @@ SCRIPTS = [
     Case("benchmark: mode", "benchmark speed", "invalid choice: 'speed'"),
     Case("benchmark: model", "benchmark train --models nosuch", "unknown --model 'nosuch'"),
     Case("benchmark: device", "benchmark train --device tpu", "--device: invalid choice: 'tpu'"),
+    Case("report: no runs", "report", "the following arguments are required: RUNS"),
+    Case("report: no such", "report /no/where", "no folder /no/where: name run folders, or a folder that holds them"),
+    Case("report: no run in it", "report {model}", "no run in .*/model: name run folders, or a folder that holds"),
+    Case(
+        "report: not finished", "report {broken}", "no finished run to report on: .*: not finished, at step 1", cut_run
+    ),
+    Case("report: --output nowhere", f"{REPORT} --output /no/where.html", "--output .*: there is no folder /no"),
+    Case(
+        "report: --output page", f"{REPORT} --output {{tmp}}/results.csv", "--output .* must end in .html: results.csv"
+    ),
+    Case("report: --images", f"{REPORT} --images -1", "--images must not be negative, got -1"),
+    Case("report: --weights", f"{REPORT} --weights best", "--weights: invalid choice: 'best'"),
+    Case(
+        "report: --pictures_of",
+        f"{REPORT} --pictures_of rum",
+        "--pictures_of rum: no finished run .*; did you mean run",
+    ),
     Case("chaos: --kills", "chaos --kills 0", "--kills must be at least 1, got 0"),
 ]
 

@@ -18,10 +18,10 @@ ORDER = (
     ("data",),
     ("image_losses", "losses", "runs", "launch"),
     ("inference", "checkpoint"),
-    ("evaluation", "prediction", "hub", "tracking", "memory"),
+    ("evaluation", "prediction", "hub", "tracking", "memory", "cost"),
     ("intervals", "reporting", "engines", "submission"),
     ("step",),
-    ("training", "benchmark", "chaos"),
+    ("training", "benchmark", "chaos", "report"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 

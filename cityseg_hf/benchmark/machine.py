@@ -3,11 +3,11 @@
 import os
 import platform
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from cityseg_hf.cost import describe_cpu
 from cityseg_hf.runs import git_commit, package_version
 
 PACKAGES = (
@@ -30,7 +30,7 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor, threads, device, versions, date and commit."""
-    model, flags = _cpu()
+    model, flags = describe_cpu()
     return {
         "cpu": model,
         "cpu_flags": [flag for flag in FLAGS if flag in flags],
@@ -47,15 +47,3 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
     }
-
-
-def _cpu() -> tuple[str, set[str]]:
-    """Name and flags of the processor, as far as the system tells."""
-    file = Path("/proc/cpuinfo")
-    fields: dict[str, str] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    return model, set((fields.get("flags") or fields.get("Features") or "").split())
