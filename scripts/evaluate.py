@@ -1,7 +1,8 @@
-"""Judges a model folder on a split, as the benchmark does.
+"""Judges model folders on a split, as the benchmark does, and says how sure the scores and their differences are.
 
 python scripts/evaluate.py --model saved_models/RUN/best_miou -d cityscapes_data --split val --output results.json
 python scripts/evaluate.py --model saved_models/RUN/best_miou --window 1024 --stride 768 --tta ms_flip
+python scripts/evaluate.py --model saved_models/*/best_miou --output results.json results.csv
 """
 
 import argparse
@@ -17,23 +18,31 @@ from cityseg_hf.data.loading import SegmentationDataset
 from cityseg_hf.data.prepared import Prepared, open_prepared
 from cityseg_hf.data.sources import Source, file_sources
 from cityseg_hf.data.transforms import EvalTransform
-from cityseg_hf.evaluation import evaluate, evaluation_loader
+from cityseg_hf.evaluation import evaluation_loader, judge
 from cityseg_hf.inference import load_model_folder, processor_size
-from cityseg_hf.labels import CLASS_NAMES
-from cityseg_hf.runs import write_json
+from cityseg_hf.intervals import Bootstrap
+from cityseg_hf.runs import replace_file, write_json
+from cityseg_hf.score_tables import as_csv, as_json, short_names, table
 from cityseg_hf.views import DTYPES, add_inference_flags, views_of
 
 
 def parser() -> Parser:
-    flags = Parser(description="Judge a model on a split of Cityscapes.")
-    flags.add_argument("--model", required=True, help="model folder, or model of the Hub")
+    flags = Parser(description="Judge models on a split of Cityscapes.")
+    flags.add_argument(
+        "--model",
+        required=True,
+        nargs="+",
+        help="model folders, or models of the Hub; of several, each is compared with the first",
+    )
     flags.add_argument(
         "-d", "--base_dataset_path", help=f"root of leftImg8bit/ and gtFine/, or their zips (default: {DEFAULT_ROOT})"
     )
     flags.add_argument("--prepared", metavar="DIR", help="folder of scripts/prepare_data.py to read from instead")
     flags.add_argument("--split", default="val", choices=["train", "val", "test", "holdout"], help="what is judged")
     flags.add_argument("--holdout_cities", nargs="+", help="the train cities that make the split 'holdout'")
-    flags.add_argument("--output", help="JSON file for the scores")
+    flags.add_argument(
+        "--output", nargs="+", default=[], help="files for the scores: CSV where it ends in .csv, else JSON"
+    )
     flags.add_argument("--batch_size", "-b", type=int, default=4, help="images or windows at a time")
     flags.add_argument("--num_workers", type=int, default=2, help="processes that load data")
     add_inference_flags(flags)
@@ -69,41 +78,48 @@ def labelled_split(args: argparse.Namespace, prepared: Prepared | None) -> Sourc
     return sources[args.split]
 
 
-def print_table(scores: dict[str, float | None]) -> None:
-    """Class scores as rows, then the means."""
-    percent = {name: "-" if value is None else f"{100 * value:6.2f}" for name, value in scores.items()}
-    print(f"{'class':<16}{'IoU':>8}{'Dice':>8}{'acc.':>8}{'iIoU':>8}")
-    for name in CLASS_NAMES:
-        columns = (percent.get(f"{kind}/{name}", "-") for kind in ("iou", "dice", "accuracy", "iiou"))
-        print(f"{name:<16}" + "".join(f"{column:>8}" for column in columns))
-    means = ("miou", "dice", "mean_accuracy", "pixel_accuracy", "iiou", "category_iou", "category_iiou")
-    print(", ".join(f"{name} {percent[name].strip()}" for name in means if name in percent))
+def write(paths: list[str], judged: dict[str, Bootstrap], split: str) -> None:
+    """The scores so far, into every ``--output``."""
+    for path in map(Path, paths):
+        if path.suffix == ".csv":
+            replace_file(path, as_csv(judged, split))
+        else:
+            write_json(path, as_json(judged, split))
 
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     if args.batch_size < 1 or args.num_workers < 0:
         raise UserError(f"--batch_size {args.batch_size} and --num_workers {args.num_workers}: at least 1 and 0")
+    if len({Path(model) for model in args.model}) < len(args.model):
+        raise UserError(f"--model names one model twice: {', '.join(args.model)}")
     views = views_of(args)
-    check_output_file(args.output)
+    for path in args.output:
+        check_output_file(path)
     transformers_logging.disable_progress_bar()
     state = PartialState()
     prepared = None if args.prepared is None else open_prepared_for(args)
     source = labelled_split(args, prepared)
-    model, processor = load_model_folder(args.model)
-    size = processor_size(processor)
-    if prepared is not None:
-        prepared.check_size(size)
-    dataset = SegmentationDataset(source, EvalTransform(size), instances=True)
-    # Images that keep their own sizes cannot be stacked.
-    batch_size = 1 if size is None else args.batch_size
-    loader = evaluation_loader(dataset, batch_size=batch_size, num_workers=args.num_workers)
-    model.to(state.device, DTYPES[args.dtype])
-    scores = dict(evaluate(model, loader, title=args.split, views=views))
+    # All are read before the first is judged: a mistake in the last one costs no hour.
+    loaded = dict(zip(short_names(args.model), map(load_model_folder, args.model), strict=True))
+    judged: dict[str, Bootstrap] = {}
+    for name, (model, processor) in loaded.items():
+        size = processor_size(processor)
+        if prepared is not None:
+            prepared.check_size(size)
+        dataset = SegmentationDataset(source, EvalTransform(size), instances=True)
+        # Images that keep their own sizes cannot be stacked.
+        batch_size = 1 if size is None else args.batch_size
+        loader = evaluation_loader(dataset, batch_size=batch_size, num_workers=args.num_workers)
+        model.to(state.device, DTYPES[args.dtype])
+        title = args.split if len(loaded) == 1 else f"{args.split} {name}"
+        judgement = judge(model, loader, title=title, views=views)
+        model.cpu()
+        if state.is_main_process:
+            judged[name] = Bootstrap(judgement)
+            write(args.output, judged, args.split)
     if state.is_main_process:
-        print_table(scores)
-        if args.output:
-            write_json(Path(args.output), {args.split: scores})
+        print("\n".join(table(judged)))
 
 
 if __name__ == "__main__":

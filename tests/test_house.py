@@ -20,7 +20,7 @@ ORDER = (
     ("inference", "checkpoint"),
     ("evaluation", "prediction", "hub", "tracking", "memory", "cost"),
     ("intervals", "reporting", "engines", "submission"),
-    ("step",),
+    ("step", "score_tables"),
     ("training", "benchmark", "chaos", "report"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
