@@ -128,7 +128,7 @@ def test_random_maps_score_as_the_benchmark_scores_them(
     ids: list[int], guesses: list[int], all_exist: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(len(ids))
-    triples = [random_triple(rng, (int(h), int(w)), ids, guesses) for h, w in rng.integers(9, 60, (20, 2))]
+    triples = [random_triple(rng, (int(h), int(w)), ids, guesses) for h, w in rng.integers(9, 60, (170, 2))]
     scores = assert_agrees(triples, tmp_path, monkeypatch)
     assert all(value is not None for value in scores.values()) is all_exist
 
