@@ -22,6 +22,7 @@ class Column(NamedTuple):
 SCORE_COLUMNS = (
     Column("miou", "mIoU", "%"),
     Column("iiou", "iIoU", "%"),
+    Column("boundary_iou", "bIoU", "%"),
     Column("category_iou", "cat. IoU", "%"),
     Column("dice", "Dice", "%"),
     Column("pixel_accuracy", "pixel acc.", "%"),
