@@ -107,23 +107,38 @@ class Plan(NamedTuple):
     save_every: int | None = None
     """``None``: whenever it validates."""
     save_seconds: float | None = None
+    stop_after: int | None = None
+    """Where the run pauses, before its end."""
 
     @classmethod
-    def of(cls, config: TrainConfig, steps_per_epoch: int, save_every: str | None = None) -> "Plan":
-        """Converts ``--num_epochs`` (or ``--max_steps``), ``--val_freq`` and ``--save_every``."""
+    def of(
+        cls, config: TrainConfig, steps_per_epoch: int, save_every: str | None = None, stop_after: str | None = None
+    ) -> "Plan":
+        """Converts ``--num_epochs`` (or ``--max_steps``), ``--val_freq``, ``--save_every`` and ``--stop_after``."""
         total = config.max_steps or config.num_epochs * steps_per_epoch
         validate_every = config.val_freq * steps_per_epoch
-        count, unit = parse_duration(save_every) if save_every else (0.0, "")
-        if unit == "m":
+        plan = cls(steps_per_epoch, total, validate_every, stop_after=_steps(stop_after, steps_per_epoch))
+        if save_every and save_every.endswith("m"):
             # Steps in reach of none, so that the clock alone decides.
-            return cls(steps_per_epoch, total, validate_every, total, count * 60)
-        steps = round(count * steps_per_epoch) if unit == "e" else int(count)
-        return cls(steps_per_epoch, total, validate_every, max(1, steps) if save_every else None)
+            return plan._replace(save_every=total, save_seconds=parse_duration(save_every)[0] * 60)
+        return plan._replace(save_every=_steps(save_every, steps_per_epoch))
 
     def validates_at(self, step: int) -> bool:
         """Every ``val_freq`` epochs, and at the end."""
         return step % self.validate_every == 0 or step == self.total_steps
 
     def saves_at(self, step: int) -> bool:
-        """Every ``save_every`` steps, or with each validation; and at the end."""
-        return step % (self.save_every or self.validate_every) == 0 or step == self.total_steps
+        """Every ``save_every`` steps, or with each validation; and where it pauses or ends."""
+        return step % (self.save_every or self.validate_every) == 0 or step in (self.stop_after, self.total_steps)
+
+    def pauses_at(self, step: int) -> bool:
+        """At ``stop_after``, or beyond it where the run has come further already; not at the end."""
+        return self.stop_after is not None and self.stop_after <= step < self.total_steps
+
+
+def _steps(duration: str | None, steps_per_epoch: int) -> int | None:
+    """``500`` or ``2e`` -> optimiser steps."""
+    if duration is None:
+        return None
+    count, unit = parse_duration(duration)
+    return max(1, round(count * steps_per_epoch) if unit == "e" else int(count))

@@ -63,7 +63,7 @@ class Trainer:
         # Looked up now: a fault of the test labels must not cost a training.
         self.test_split = test_split(sources)
         batches = self._batches()
-        self.plan = Plan.of(config.train, batches.steps_per_epoch, config.run.save_every)
+        self.plan = Plan.of(config.train, batches.steps_per_epoch, config.run.save_every, config.run.stop_after)
         self.tracking = Tracking(accelerator, config, run.path)
         self.reporter = Reporter(
             accelerator,
@@ -150,6 +150,8 @@ class Trainer:
         saved_at, watch = time.monotonic(), Stopwatch(self.progress, device)
         with self.reporter.bar(self.progress.step) as bar:
             while self.progress.step < self.plan.total_steps and not self.progress.stopped_early:
+                if self.plan.pauses_at(self.progress.step):
+                    raise Stopped(f"--stop_after {self.config.run.stop_after}: run the command without it to go on")
                 rate = self.step.rate
                 accumulated = list(islice(stream, self.config.train.gradient_accumulation_steps))
                 loss = self.step(accumulated, self.progress.step)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +53,11 @@ def load_script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def said(done: subprocess.CompletedProcess) -> list[str]:
+    """What a script wrote to stderr, without the warning that a torchao older than this torch logs when imported."""
+    return [line for line in done.stderr.splitlines() if "_pytree.py" not in line]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import REPO, load_script
+from conftest import REPO, load_script, said
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -218,6 +218,7 @@ NUMBERS = [
     flag("--logging_steps 0", "--logging_steps must be at least 1, got 0"),
     flag("--keep 0", "--keep_checkpoints must be at least 1, got 0"),
     flag("--save_every 5x", "--save_every takes steps, epochs or minutes, such as 500, 2e or 10m; got '5x'"),
+    flag("--stop_after 10m", "--stop_after takes steps or epochs, such as 500 or 2e; got '10m'"),
     flag("--report_to mlflow", "--report_to.*invalid choice: 'mlflow'"),
     flag("--push_to_hub no/such/name", "--push_to_hub 'no/such/name' is no name of a repository: Repo id must be"),
     flag("--run_name ../up", "--run_name must be a plain folder name of 200 letters at most, got '../up'"),
@@ -458,4 +459,4 @@ def test_a_scripts_own_process_says_the_same(tmp_path: Path) -> None:
     command = [sys.executable, str(REPO / "scripts/evaluate.py"), "--model", "/no/where", "-d", "/no/data"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: no folder /no/data: -d takes the folder that holds leftImg8bit/ and gtFine/\n"
+    assert said(done) == ["error: no folder /no/data: -d takes the folder that holds leftImg8bit/ and gtFine/"]

@@ -407,3 +407,16 @@ def test_a_killed_worker_is_one_line(streets: Path, tmp_path: Path) -> None:
     assert re.search(r"error: a process that loads data was lost .*Killed.*lower --num_workers", last)
     assert "Traceback" not in done.stderr
     assert list(tmp_path.glob("saved_models/*/checkpoints/step_*"))
+
+
+@pytest.mark.parametrize("pause", ["1e", "4"])
+def test_a_paused_run_ends_as_an_uncut_one(pause: str, streets: Path, run_train: RunTrain) -> None:
+    argv = ("-d", streets, *TINY_UNET, *SHORT)
+    whole = run_train(*argv, name="whole")
+    for _ in range(2):  # asked again, a run that has come so far does not take a step more
+        with pytest.raises(Stopped, match=f"--stop_after {pause}"):
+            run_train(*argv, "--stop_after", pause, name="paused")
+        folder = whole.with_name("paused")
+        assert {line["step"] for line in read_lines(folder)} <= set(range(5))
+        assert (folder / "checkpoints" / f"step_{3 if pause == '1e' else 4:08}").is_dir()
+    assert_same_run(run_train(*argv, "--stop_after", "99", name="paused"), whole)

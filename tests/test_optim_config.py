@@ -117,10 +117,13 @@ def test_exponential_counts_epochs_from_the_start_whatever_the_warm_up() -> None
 
 def test_plan_turns_epochs_into_steps() -> None:
     plan = Plan.of(TrainConfig(num_epochs=3, val_freq=2), steps_per_epoch=10)
-    assert plan == (10, 30, 20, None, None)
+    assert plan == (10, 30, 20, None, None, None)
     # Every second epoch, and at the end.
     assert [step for step in range(1, 31) if plan.validates_at(step)] == [20, 30]
     assert Plan.of(TrainConfig(num_epochs=3, max_steps=7), steps_per_epoch=10).total_steps == 7
+    paused = Plan.of(TrainConfig(num_epochs=3), steps_per_epoch=10, stop_after="1.5e")
+    assert [step for step in range(31) if paused.pauses_at(step)] == list(range(15, 30))
+    assert [step for step in range(1, 31) if paused.saves_at(step)] == [10, 15, 20, 30]
 
 
 # --- the optimiser
@@ -539,6 +542,7 @@ OTHER_VALUES: dict[str, Any] = {
     "scale_range": [0.75, 1.5],
     "ema_decay": 0.9,
     "save_every": "2e",
+    "stop_after": "2e",
     "min_lr_ratio": 0.5,
     "warmup_ratio": 0.5,
     "base_dataset_path": "elsewhere",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY_UNET, load_script
+from conftest import REPO, TINY_UNET, load_script, said
 from PIL import Image
 from transformers import pipeline
 
@@ -50,9 +50,7 @@ def test_the_main_job_without_cityscapes_says_so(tmp_path: Path, monkeypatch: py
 def test_mistakes_exit_2_with_one_line(tmp_path: Path) -> None:
     done = script("train", "-d", "nowhere", "--model", "segformer_small", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "error: no folder nowhere: -d takes the folder that holds leftImg8bit/ and gtFine/"
-    ]
+    assert said(done) == ["error: no folder nowhere: -d takes the folder that holds leftImg8bit/ and gtFine/"]
 
 
 def test_a_signal_to_the_whole_group_saves_and_exits_75(streets: Path, tmp_path: Path) -> None:

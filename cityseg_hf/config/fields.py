@@ -21,7 +21,7 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def parse_duration(text: str) -> tuple[float, str]:
+def parse_duration(text: str, name: str = "--save_every") -> tuple[float, str]:
     """``500``, ``2e`` or ``10m`` -> the number, and ``""`` for steps, ``"e"`` for epochs or ``"m"`` for minutes.
 
     Raises:
@@ -29,7 +29,7 @@ def parse_duration(text: str) -> tuple[float, str]:
     """
     found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([em])", text)
     number = float(found[1] or found[2]) if found else 0.0
-    require(number > 0, f"--save_every takes steps, epochs or minutes, such as 500, 2e or 10m; got {text!r}")
+    require(number > 0, f"{name} takes steps, epochs or minutes, such as 500, 2e or 10m; got {text!r}")
     return number, found[3] or ""
 
 

@@ -24,6 +24,9 @@ class RunConfig:
     save_every: str | None = flag(
         None, "save a checkpoint every so many steps (500), epochs (2e) or minutes (10m); default: with each validation"
     )
+    stop_after: str | None = flag(
+        None, "save and stop, with status 75, after so many steps (500) or epochs (2e); the run can go on from there"
+    )
     keep_checkpoints: int = flag(2, "how many checkpoints stay on disk", "--keep")
     max_skipped_steps: int = flag(
         10, "stop after so many steps in a row whose loss or gradient is not finite (they are skipped)"
@@ -42,6 +45,8 @@ class RunConfig:
         require(self.max_skipped_steps >= 1, f"--max_skipped_steps must be at least 1, got {self.max_skipped_steps}")
         if self.save_every is not None:
             parse_duration(self.save_every)
+        if self.stop_after is not None and parse_duration(self.stop_after, "--stop_after")[1] == "m":
+            raise UserError(f"--stop_after takes steps or epochs, such as 500 or 2e; got {self.stop_after!r}")
         if self.push_to_hub is not None:
             check_repository(self.push_to_hub)
         name = self.run_name
